@@ -1,0 +1,167 @@
+"""Token shards: reading, checking and writing them; and what the scripts of this folder share.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, rest 0) and then the tokens as
+little-endian uint16: the format of llm.c. In front of every document stands <|endoftext|>, the last token of the
+vocabulary: 50256 of GPT-2's 50257, or 256 of the 257 of byte-level shards (tokens 0..255 are the bytes themselves).
+"""
+import argparse
+import contextlib
+import errno
+import functools
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+MAX_TOKENS = 2**31 - 1  # the count is an int32
+GPT2_VOCAB, BYTE_VOCAB = 50257, 257
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class BadInput(Exception):
+    """Something is wrong with what the user gave; the text is one line: what is wrong; what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and exit code 2, and that does not guess at shortened flags."""
+
+    def __init__(self, doc):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def tool(main):
+    """Decorates a script's main(argv=None): a BadInput or OSError becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv=None):
+        name = Path(main.__code__.co_filename).name
+        try:
+            return main(argv) or 0
+        except BadInput as error:
+            line = str(error)
+        except OSError as error:
+            line = explain(error)
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted", file=sys.stderr)
+            return 130
+        print(f"{name}: {' '.join(line.split())}", file=sys.stderr)
+        return 2
+
+    return wrapped
+
+
+def explain(error: OSError) -> str:
+    """One line for an OSError: what is wrong; what to do."""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in DISK_FULL:
+        return f"{where}the disk is full ({error.strerror}); free space or choose another folder with --out"
+    return f"{where}{error.strerror or error}; check the path and its permissions"
+
+
+def sha256_file(path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def header(count: int) -> bytes:
+    """The first 1024 bytes of a shard of `count` tokens."""
+    numbers = np.zeros(HEADER_BYTES // 4, "<i4")
+    numbers[:3] = MAGIC, VERSION, count
+    return numbers.tobytes()
+
+
+def read_header(path) -> int:
+    """Number of tokens in a shard. Raises BadInput unless header and file length are right."""
+    with open(path, "rb") as file:
+        head = file.read(HEADER_BYTES)
+        size = file.seek(0, os.SEEK_END)
+    again = "fetch or build it again"
+    if len(head) < HEADER_BYTES:
+        raise BadInput(f"{path}: only {size} bytes, shorter than a shard's header; {again}")
+    magic, version, count = (int(number) for number in np.frombuffer(head, "<i4", 3))
+    if magic != MAGIC:
+        raise BadInput(f"{path}: not a token shard (magic {magic}, should be {MAGIC}); {again}")
+    if version != VERSION:
+        raise BadInput(f"{path}: shard version {version}, should be {VERSION}; {again}")
+    if count < 0 or size != HEADER_BYTES + 2 * count:
+        raise BadInput(f"{path}: {size} bytes, but {count} tokens need {HEADER_BYTES + 2 * count}; {again}")
+    return count
+
+
+def open_shard(path) -> np.ndarray:
+    """The tokens of a shard, uint16 [count], memory-mapped and read-only. Raises BadInput as read_header does."""
+    count = read_header(path)
+    if count == 0:  # an empty range cannot be mapped
+        return np.empty(0, "<u2")
+    return np.memmap(path, "<u2", "r", HEADER_BYTES, (count,))
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """A binary file that appears under `path` only when the block ends well: temp file, fsync, rename."""
+    path = Path(path)
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temp, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+class ShardFile:
+    """A shard being written, of any length: write() tokens, then close() and commit(), or discard().
+
+    Until commit() it lies under a temporary name in the same folder, so a shard under its own name is whole.
+    """
+
+    def __init__(self, path):
+        self.path, self.count = Path(path), 0
+        self.temp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        self.file = open(self.temp, "wb")
+        self.file.write(bytes(HEADER_BYTES))
+
+    def write(self, tokens):
+        """tokens: integers [n], each in 0..65535."""
+        self.file.write(np.ascontiguousarray(tokens, "<u2"))
+        self.count += len(tokens)
+
+    def close(self):
+        if self.count > MAX_TOKENS:
+            raise BadInput(f"{self.path.name}: {self.count} tokens, but a shard holds at most {MAX_TOKENS}; "
+                           "split the document")
+        self.file.seek(0)
+        self.file.write(header(self.count))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def commit(self):
+        os.replace(self.temp, self.path)
+
+    def discard(self):
+        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses: the file goes away anyway
+            self.file.close()
+        self.temp.unlink(missing_ok=True)
+
+
+def write_shard(path, tokens):
+    """Writes one shard at once, replacing what is there only when the new one is whole."""
+    shard = ShardFile(path)
+    try:
+        shard.write(tokens)
+        shard.close()
+        shard.commit()
+    finally:
+        shard.discard()
