@@ -60,6 +60,7 @@ class Config:
     val_tokens: int = 10485760  # validation tokens, the same ones every time
     val_every: int = 125  # updates between validations; 0: only at the end
     epochs_allowed: int = 1  # how often the training tokens may be seen
+    spread_rows: bool = False  # rows of a batch from all over the data, not side by side: for data that is not shuffled
     # model
     vocab_size: int = 50257  # tokens in the data; the last one marks the start of a document
     n_layer: int = 12  # blocks
@@ -122,23 +123,20 @@ class Config:
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
 
     def __post_init__(self):
-        wrong = next((line for bad, line in self.rules() if bad), None)
-        if wrong:
+        if wrong := next((line for bad, line in self.rules() if bad), None):
             raise UserError(wrong)
 
     def rules(self):
         """(is it broken, what to say) for each rule that a single config must obey."""
-        get, rope = functools.partial(getattr, self), self.n_embd // max(1, self.n_head)
-        for name in CHOICES:
-            yield get(name) not in CHOICES[name], f"--{name} {get(name)}: must be one of {', '.join(map(str, CHOICES[name]))}"
-        for name, f in type(self).__dataclass_fields__.items():
+        get, head_dim, fields = functools.partial(getattr, self), self.n_embd // max(1, self.n_head), type(self).__dataclass_fields__
+        for name, allowed in CHOICES.items():
+            yield get(name) not in allowed, f"--{name} {get(name)}: must be one of {', '.join(map(str, allowed))}"
+        for name, field in fields.items():
             low = int(name in POSITIVE)
-            yield f.type in (int, float) and not low <= get(name) < 2**63, f"--{name} {get(name)}: must be a number from {low} up"
-        for name in ("momentum", "beta1", "beta2", "sparsity", "cooldown", "relora_prune"):
-            top_is_fine = name in ("cooldown", "relora_prune")
-            yield get(name) > 1 or get(name) == 1 and not top_is_fine, f"--{name} {get(name)}: must be {'at most' if top_is_fine else 'below'} 1"
-        yield self.n_embd % self.n_head, f"--n_embd {self.n_embd} is not divisible by --n_head {self.n_head}"
-        yield rope % 2, f"--n_embd {self.n_embd} / --n_head {self.n_head} gives head_dim {rope}: rotary needs an even one"
+            yield field.type in (int, float) and not low <= get(name) < 2**63, f"--{name} {get(name)}: must be a number from {low} up"
+        for name, top in BELOW.items():
+            yield get(name) > top, f"--{name} {get(name)}: must be at most {top}"
+        yield self.n_embd % self.n_head or head_dim % 2, f"--n_embd {self.n_embd} over --n_head {self.n_head} must give an even whole head_dim"
         yield self.vocab_size > 65536, f"--vocab_size {self.vocab_size}: shards hold 16-bit tokens, so at most 65536"
         for name in ("batch_tokens", "val_tokens"):
             near = max(1, round(get(name) / self.seq_len)) * self.seq_len
@@ -147,14 +145,13 @@ class Config:
         yield ("S" in self.window_pattern) != bool(self.window), "--window TOKENS and an S in --window_pattern need each other"
         yield self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps"
         yield self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)"
-        methods = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
-        yield len(methods) > 1 and methods != ["sparsity", "mup_base_width"], \
-            f"--{' and --'.join(methods)} cannot be combined: each changes how the hidden matrices are trained"
-        for name, f in type(self).__dataclass_fields__.items():
-            method, given = name.split("_")[0], get(name) != f.default
-            if method in ("relora", "galore", "lawa") and name != method:
-                yield given and not get(method), f"--{name} does nothing without --{method}"
-                yield given and f.type is int and name.endswith(("interval", "start", "rewarm")) and get(name) >= self.steps, \
+        on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
+        yield len(on) > 1 and on != ["sparsity", "mup_base_width"], f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way"
+        for name in fields:
+            method, given = name.split("_")[0], get(name) != fields[name].default
+            if given and name != method and method in ("relora", "galore", "lawa"):
+                yield not get(method), f"--{name} does nothing without --{method}"
+                yield name.endswith(("interval", "start", "rewarm")) and get(name) >= self.steps, \
                     f"--{name} {get(name)} is not shorter than the run of {self.steps} steps"
         for name in ("relora", "galore"):
             yield get(name) > self.n_embd, f"--{name} {get(name)}: rank above that of the matrices, {self.n_embd}"
@@ -164,6 +161,7 @@ class Config:
 
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
+BELOW = dict(momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
 POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
             "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
@@ -174,7 +172,7 @@ PRESETS = {
     "gpt2_medium": dict(n_layer=24, n_head=8, n_embd=1024, steps=6000, target=2.92),
     "gpt2_xl": dict(n_layer=48, n_head=25, n_embd=1600, steps=10000, target=2.8),
     "laptop": dict(train_files="data/laptop/laptop_train_*.bin", val_files="data/laptop/laptop_val_*.bin", vocab_size=257, n_layer=4,
-                   n_head=2, n_embd=128, batch_tokens=8192, seq_len=256, val_tokens=262144, val_every=20, steps=120, target=1.5,
+                   n_head=2, n_embd=128, batch_tokens=8192, seq_len=256, val_tokens=262144, val_every=20, steps=120, target=1.5, spread_rows=True,
                    momentum_warmup=40, bf16=False),
 }
 PRESETS = {name: Config(preset=name, **fields) for name, fields in PRESETS.items()}
@@ -189,31 +187,27 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
     given, words = {}, list(argv)
     while words:
         word, has_value, text = words.pop(0).partition("=")
-        name = word.removeprefix("--")
-        negated = name.startswith("no_") and "bool" in str(FIELDS.get(name[3:]))
+        name, is_bool = word.removeprefix("--"), lambda name: "bool" in str(FIELDS.get(name))
+        negated = name.startswith("no_") and is_bool(name[3:])
         name = name[3:] if negated else name
         if not word.startswith("--"):
             raise UserError(f"unexpected argument {word!r}: flags start with --, and a glob needs quotes")
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)
             raise UserError(f"unknown flag {word}" + (f"; did you mean --{near[0]}?" if near else "; --help lists all"))
-        if name in given:
-            raise UserError(f"--{name} is given twice")
-        if "bool" in str(FIELDS[name]):
-            if has_value:
-                raise UserError(f"--{name} takes no value: say --{name} or --no_{name}")
-            given[name] = not negated
-            continue
-        if not has_value and words and not words[0].startswith("--"):
-            text, has_value = words.pop(0), "="
-        if not has_value and name != "resume":
+        if name in given or is_bool(name) and has_value:
+            raise UserError(f"--{name} is given twice" if name in given else f"--{name} takes no value: say --{name} or --no_{name}")
+        if not is_bool(name) and not has_value:
+            if not words or words[0].startswith("--"):
+                words.insert(0, "latest" if name == "resume" else "")
+            text = words.pop(0)
+        if not is_bool(name) and not text:
             raise UserError(f"--{name} needs a value")
         try:
-            given[name] = FIELDS[name](text if has_value else "latest")
+            given[name] = not negated if is_bool(name) else FIELDS[name](text)
         except ValueError:
             raise UserError(f"--{name} {text}: must be a {'whole ' if FIELDS[name] is int else ''}number") from None
-    preset = given.get("preset", default_preset)
-    if preset not in PRESETS:
+    if (preset := given.get("preset", default_preset)) not in PRESETS:
         raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[preset], **given)
 
@@ -304,7 +298,6 @@ class Shards:
     """The token shards that match a glob, by name, as one stream. Format of llm.c: 256 int32 of header, then uint16 tokens.
 
     Reads with pread instead of a memory map: a shard cut short during the run is then an error message, not a SIGBUS."""
-
     def __init__(self, pattern: str, flag: str):
         self.pattern, self.paths, self.fds, self.stats, counts = pattern, sorted(glob.glob(pattern)), [], [], []
         if not self.paths:
@@ -312,16 +305,14 @@ class Shards:
         for path in self.paths:
             try:
                 self.fds.append(os.open(path, os.O_RDONLY))
-                self.stats.append(self.stat(path))
-                header = np.frombuffer(os.pread(self.fds[-1], 1024, 0), dtype="<i4")
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read ({error}); fetch or prepare it again") from None
-            holds = (os.fstat(self.fds[-1]).st_size - 1024) // 2
-            if header.size < 256 or header[0] != 20240520 or header[1] != 1:
-                raise UserError(f"{path}: not a token shard of version 1 (wrong magic number or version); fetch or prepare it again")
-            if header[2] < 1 or header[2] != holds:
-                raise UserError(f"{path}: its header promises {header[2]} tokens, the file holds {holds}; fetch or prepare it again")
-            counts.append(int(header[2]))
+                header, self.stats = np.frombuffer(os.pread(self.fds[-1], 1024, 0), dtype="<i4"), self.stats + [self.stat(path)]
+                known, promised = header[:2].tolist() == [20240520, 1], int(header[2])
+            except (OSError, ValueError, IndexError) as error:
+                raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
+            counts.append((os.fstat(self.fds[-1]).st_size - 1024) // 2)
+            if not known or promised != counts[-1] or promised < 1:
+                why = f"its header promises {promised} tokens, it holds {counts[-1]}" if known else "wrong magic number or version"
+                raise UserError(f"{path}: not a whole token shard of version 1 ({why}); fetch or prepare it again")
         self.ends = np.cumsum(counts)  # of each shard in the stream
 
     @staticmethod
@@ -363,18 +354,19 @@ class Shards:
 
 class Batches:
     """Rows of seq_len + 1 tokens; batch_at(step) depends on the shards, the step and the global batch, on nothing else."""
-
     def __init__(self, shards: Shards, config: Config):
-        self.shards, self.seq_len, self.rows = shards, config.seq_len, config.rows
+        self.shards, self.seq_len, self.rows, self.stride = shards, config.seq_len, config.rows, 1
         self.per_epoch, needed = max(1, (len(shards) - 1) // config.batch_tokens), -(-config.steps // config.epochs_allowed)
         self.tokens_read = max(needed, min(config.steps, self.per_epoch)) * config.batch_tokens + 1  # of the stream
+        self.row_count = self.per_epoch * config.rows
+        if config.spread_rows:  # a stride near the golden ratio visits all rows once, neighbours far apart
+            self.stride = next(n for n in range(int(0.618 * self.row_count) or 1, self.row_count + 2) if math.gcd(n, self.row_count) == 1)
+            self.tokens_read = max(self.tokens_read, len(shards))
 
     def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
         """Rows of the global batch of `step`, 0-based: [rows, seq_len + 1] uint16, inputs [:, :-1], targets [:, 1:]."""
-        first, last, _ = rows.indices(self.rows)
-        start = (step % self.per_epoch * self.rows + first) * self.seq_len
-        flat = self.shards.read(start, (last - first) * self.seq_len + 1)
-        return np.lib.stride_tricks.sliding_window_view(flat, self.seq_len + 1)[:: self.seq_len]
+        numbers = [(step * self.rows + row) * self.stride % self.row_count for row in range(*rows.indices(self.rows))]
+        return np.stack([self.shards.read(number * self.seq_len, self.seq_len + 1) for number in numbers])
 
     def stream(self, start: int, stop: int, runtime: Runtime):
         """Yield this rank's (inputs, targets), [rows / world_size, seq_len] int64 on its device, read ahead by a thread."""
@@ -433,7 +425,6 @@ class Linear(nn.Module):
     """y = x Wᵀ, no bias; the fp32 weight [out, in] is cast to x's type at use.
 
     transposed: the weight lies as [in, out], which gives MLP.down the shape of MLP.up, and both one optimizer stack."""
-
     def __init__(self, n_in: int, n_out: int, transposed: bool = False):
         super().__init__()
         self.n_in, self.n_out, self.transposed = n_in, n_out, transposed
@@ -445,16 +436,13 @@ class Linear(nn.Module):
 
 class Rotary(nn.Module):
     """Rotary position embedding of [B, H, T, head_dim] (arXiv 2104.09864); rotates halves, not neighbours."""
-
     def __init__(self, head_dim: int, seq_len: int):
         super().__init__()
-        angles = torch.outer(torch.arange(seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))  # [T, head_dim / 2]
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        angles = torch.outer(torch.arange(seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
+        self.register_buffer("tables", torch.stack((angles.cos(), angles.sin())), persistent=False)  # [2, T, head_dim / 2]
 
     def forward(self, x: Tensor) -> Tensor:
-        cos, sin = (table[: x.size(-2)].to(x.dtype) for table in (self.cos, self.sin))
-        a, b = x.chunk(2, dim=-1)
+        (cos, sin), (a, b) = self.tables[:, : x.size(-2)].to(x.dtype), x.chunk(2, dim=-1)
         return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 class CausalSelfAttention(nn.Module):
@@ -500,7 +488,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Tokens [B, T] to logits [B, T, padded_vocab] in fp32; with targets [B, T], to the mean cross-entropy in nats."""
-
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.windows = config, layer_windows(config)
@@ -557,7 +544,6 @@ class Optimizer:
     stay whole (Muon, GaLore). Parameters and their gradients become views into `weights` and `grads`, [rows, *row_shape],
     padded so that rows divide over ranks: no copies, one collective each way, and state for this rank's rows alone
     (ZeRO, arXiv 1910.02054). row_scale: {name: factor on the rate}. shards=1: every rank updates everything."""
-
     def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, config: Config, runtime: Runtime,
                  row_scale: dict[str, float] | None = None, shards: int = 0):
         self.named, self.lr, self.config, self.runtime, self.shards = named, lr, config, runtime, shards or runtime.world_size
@@ -672,7 +658,6 @@ class Adam(Optimizer):
 
 class Muon(Optimizer):
     """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon)."""
-
     def update(self, g: Tensor) -> Tensor:
         momentum, m = momentum_at(self.steps - 1, self.config), self.read("momentum", g)
         m.mul_(momentum).add_(g)
@@ -727,7 +712,6 @@ class Method:
 
 class LoRALinear(Linear):
     """y = x Wᵀ + s·(x Aᵀ) Bᵀ: W frozen, A [r, in], B [out, r] zero at first, so the function is the same as before."""
-
     def __init__(self, linear: Linear, rank: int, scale: float):
         nn.Module.__init__(self)
         self.n_in, self.n_out, self.transposed, self.weight, self.scale = linear.n_in, linear.n_out, linear.transposed, linear.weight, scale
@@ -747,7 +731,6 @@ class ReLoRA(Method):
 
     After a full-rank warm start each hidden Linear becomes a LoRALinear; every interval its product is merged into the fp32 W, A is
     drawn anew from (seed, step, name), B is zero, the smallest moments are pruned, and the rates re-warm (lr_at)."""
-
     def __init__(self, config: Config):
         self.config = config
 
@@ -803,7 +786,6 @@ class EightBit:
     """Moments in float8 with an fp32 scale per 256 entries (block-wise like 8-bit Adam, arXiv 2110.02861).
 
     The second moment is stored as its root: float8's range of 2^18 is then one of 2^36."""
-
     def read(self, name: str, like: Tensor) -> Tensor:
         if name not in self.state:
             return super().read(name, like)
@@ -819,7 +801,6 @@ class EightBit:
 
 class PerLayer:
     """Update a matrix in the backward pass, as its gradient arrives, then free the gradient (LOMO, arXiv 2306.09782)."""
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         (p,), self.grads = self.named.values(), None
@@ -862,26 +843,22 @@ class GaLore(Method):
         r, tall, old = self.config.galore, g.size(-2) >= g.size(-1), optimizer.state.get("P")
         try:
             U, _, Vh = torch.linalg.svd(g.float(), full_matrices=False)
-            P = (Vh.mT if tall else U)[..., :r].contiguous()
+            optimizer.state["P"] = P = (Vh.mT if tall else U)[..., :r].contiguous()
         except torch.linalg.LinAlgError:
             self.log(f"galore: SVD of {next(iter(optimizer.named))} and its stack did not converge at update {optimizer.steps}; "
                      f"{'took a random projection' if old is None else 'kept the last projection'}")
             noise = torch.randn(len(g), min(g.shape[1:]), r, generator=seeded(self.config.seed, "galore"))
-            P = torch.linalg.qr(noise)[0].to(g.device) if old is None else old
-        optimizer.state["P"] = P
-        if old is not None:
-            C = old.mT @ P
-            for name in {"exp_avg", "exp_avg_sq", "momentum"} & set(optimizer.state):
-                moment = optimizer.read(name, g[..., :r] if tall else g[:, :r])
-                change = C.square() if name == "exp_avg_sq" else C
-                optimizer.write(name, moment @ change if tall else change.mT @ moment)
+            optimizer.state["P"] = P = torch.linalg.qr(noise)[0].to(g.device) if old is None else old
+        for name in {"exp_avg", "exp_avg_sq", "momentum"} & set(optimizer.state) if old is not None else ():
+            change = (old.mT @ P).square() if name == "exp_avg_sq" else old.mT @ P
+            moment = optimizer.read(name, g[..., :r] if tall else g[:, :r])
+            optimizer.write(name, moment @ change if tall else change.mT @ moment)
 
 class LAWA(Method):
     """Latest weight averaging: the mean of the last k snapshots, one every interval (arXiv 2306.03241).
 
     eval: validate on the mean, train on untouched. replace: train on from the mean, too. The window stays on the device while
     it fits into a third of the free memory, else on the host. ReLoRA's adapters are averaged merged (W + s·B A, then B = 0)."""
-
     def __init__(self, config: Config):
         self.config, self.window, self.place = config, [], None
 
@@ -995,20 +972,16 @@ def momentum_at(step: int, config: Config) -> float:
 
 class Clock:
     """Training time. Synchronises the device at every start and stop; nothing else in this file measures training."""
-
     def __init__(self, device: torch.device):
-        self.device, self.seconds, self.since = device, 0.0, None
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        self.seconds, self.since, self.sync = 0.0, None, torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def start(self):
-        self.since = self.now()
+        self.sync()
+        self.since = time.perf_counter()
 
     def stop(self):
-        self.seconds, self.since = self.seconds + self.now() - self.since, None
+        self.sync()
+        self.seconds, self.since = self.ms / 1000, None
 
     @contextlib.contextmanager
     def paused(self):
@@ -1024,48 +997,43 @@ class Log:
     """logs/<run_id>.txt and the screen, on rank 0: the source, the facts, the steps, the result.
 
     When the disk fills up or the folder goes, lines wait in memory and the run goes on; close() is the last try."""
-
     def __init__(self, config: Config, runtime: Runtime):
         self.run_id = runtime.exchange("run_id", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid.uuid4().hex[:6]}")[0]
-        self.path, self.main = Path(config.log_dir, f"{self.run_id}.txt"), runtime.rank == 0
-        self.lines, self.failed, self.live, self.shown = [SOURCE.removesuffix("\n")], False, sys.stdout.isatty(), 0.0
+        self.path, self.main, self.live, self.shown = Path(config.log_dir, f"{self.run_id}.txt"), runtime.rank == 0, sys.stdout.isatty(), 0.0
+        self.lines, self.behind = [SOURCE.removesuffix("\n")], True  # behind: the file lacks lines
         if self.main:
-            try:
-                self.rewrite()
-            except OSError as error:
-                raise UserError(f"--log_dir {config.log_dir}: no log can be written there ({error.strerror}); free space or name another folder") from None
+            self.write(fatal=f"--log_dir {config.log_dir}: no log can be written there")
 
-    def rewrite(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("\n".join(self.lines) + "\n", encoding="utf-8", newline="\n")
-        os.replace(temporary, self.path)
+    def write(self, fatal: str = ""):
+        """Append the newest line, or, where the file lacks more than that, write all of it aside and rename."""
+        try:
+            if self.behind or not self.path.exists():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = self.path.with_suffix(".tmp")
+                temporary.write_text("\n".join(self.lines) + "\n", encoding="utf-8", newline="\n")
+                os.replace(temporary, self.path)
+            else:
+                with open(self.path, "a", encoding="utf-8", newline="\n") as file:
+                    file.write(self.lines[-1] + "\n")
+            self.behind = False
+        except OSError as error:
+            if fatal:
+                raise UserError(f"{fatal} ({error.strerror}); free space, or name another --log_dir") from None
+            if not self.behind:
+                print(f"train_gpt.py: {self.path}: {error.strerror}; training goes on, its log waits in memory", file=sys.stderr, flush=True)
+            self.behind = True
 
     def line(self, text: str, echo: bool = False):
         """Append a line to the log; echo: and print it."""
-        if not self.main:
-            return
-        if echo:
-            print(("\r\033[K" if self.live else "") + text, flush=True)
-        self.lines.append(text)
-        try:
-            if self.failed or not self.path.exists():
-                self.rewrite()
-            else:
-                with open(self.path, "a", encoding="utf-8", newline="\n") as file:
-                    file.write(text + "\n")
-            self.failed = False
-        except OSError as error:
-            if not self.failed:
-                print(f"train_gpt.py: {self.path}: {error.strerror}; training goes on, its log waits in memory", file=sys.stderr, flush=True)
-            self.failed = True
+        if self.main:
+            if echo:
+                print(("\r\033[K" if self.live else "") + text, flush=True)
+            self.lines.append(text)
+            self.write()
 
     def close(self):
-        try:
-            if self.main and (self.failed or not self.path.exists()):
-                self.rewrite()
-        except OSError as error:
-            raise UserError(f"{self.path}: the run is over, but its log could not be written ({error.strerror})") from None
+        if self.main and (self.behind or not self.path.exists()):
+            self.write(fatal=f"{self.path}: the run is over, but its log cannot be written")
 
     def header(self, config: Config, runtime: Runtime, argv: list[str], data: dict[str, str]):
         cuda = runtime.device.type == "cuda"
