@@ -40,6 +40,10 @@ SOURCE_SHA256 = hashlib.sha256(SOURCE.encode("utf-8")).hexdigest()
 class UserError(Exception):
     """Something that only the user can mend: told in one line, exit code 2, no traceback."""
 
+def refuse(bad, line: str):
+    if bad:
+        raise UserError(line)
+
 @dataclass(frozen=True)
 class Config:
     """One run. Every field is a flag: --steps 50; booleans --bf16, --no_bf16. The comments are the --help."""
@@ -123,8 +127,8 @@ class Config:
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
 
     def __post_init__(self):
-        if wrong := next((line for bad, line in self.rules() if bad), None):
-            raise UserError(wrong)
+        for bad, line in self.rules():
+            refuse(bad, line)
 
     def rules(self):
         """(is it broken, what to say) for each rule that a single config must obey."""
@@ -172,8 +176,8 @@ PRESETS = {
     "gpt2_medium": dict(n_layer=24, n_head=8, n_embd=1024, steps=6000, target=2.92),
     "gpt2_xl": dict(n_layer=48, n_head=25, n_embd=1600, steps=10000, target=2.8),
     "laptop": dict(train_files="data/laptop/laptop_train_*.bin", val_files="data/laptop/laptop_val_*.bin", vocab_size=257, n_layer=4,
-                   n_head=2, n_embd=128, batch_tokens=8192, seq_len=256, val_tokens=262144, val_every=20, steps=120, target=1.5, spread_rows=True,
-                   momentum_warmup=40, bf16=False),
+                   n_head=2, n_embd=128, batch_tokens=4096, seq_len=256, val_tokens=262144, val_every=50, steps=300, target=1.3, spread_rows=True,
+                   lr_head=0.008, momentum_warmup=60, bf16=False),
 }
 PRESETS = {name: Config(preset=name, **fields) for name, fields in PRESETS.items()}
 
@@ -184,31 +188,24 @@ def flag_table() -> list[tuple[str, str, object]]:
 
 def parse_config(argv: list[str], default_preset: str) -> Config:
     """Flags to Config. Errors: UserError for an unknown flag (names the nearest), a wrong type, a bad combination."""
-    given, words = {}, list(argv)
+    given, words, switches = {}, list(argv), {name for name, kind in FIELDS.items() if "bool" in str(kind)}
     while words:
         word, has_value, text = words.pop(0).partition("=")
-        name, is_bool = word.removeprefix("--"), lambda name: "bool" in str(FIELDS.get(name))
-        negated = name.startswith("no_") and is_bool(name[3:])
-        name = name[3:] if negated else name
-        if not word.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}: flags start with --, and a glob needs quotes")
-        if name not in FIELDS:
-            near = difflib.get_close_matches(name, FIELDS, n=1)
-            raise UserError(f"unknown flag {word}" + (f"; did you mean --{near[0]}?" if near else "; --help lists all"))
-        if name in given or is_bool(name) and has_value:
-            raise UserError(f"--{name} is given twice" if name in given else f"--{name} takes no value: say --{name} or --no_{name}")
-        if not is_bool(name) and not has_value:
-            if not words or words[0].startswith("--"):
-                words.insert(0, "latest" if name == "resume" else "")
-            text = words.pop(0)
-        if not is_bool(name) and not text:
-            raise UserError(f"--{name} needs a value")
+        refuse(not word.startswith("--"), f"unexpected argument {word!r}: flags start with --, and a glob needs quotes")
+        name = word.removeprefix("--no_") if word.removeprefix("--no_") in switches else word.removeprefix("--")
+        near = [f"did you mean --{guess}?" for guess in difflib.get_close_matches(name, FIELDS, n=1)] or ["--help lists all"]
+        refuse(name not in FIELDS, f"unknown flag {word}; {near[0]}")
+        refuse(name in given, f"--{name} is given twice")
+        refuse(name in switches and has_value, f"--{name} takes no value: say --{name} or --no_{name}")
+        if name not in switches and not has_value:
+            text = words.pop(0) if words and not words[0].startswith("--") else "latest" if name == "resume" else ""
+        refuse(name not in switches and not text, f"--{name} needs a value")
         try:
-            given[name] = not negated if is_bool(name) else FIELDS[name](text)
+            given[name] = word == f"--{name}" if name in switches else FIELDS[name](text)
         except ValueError:
             raise UserError(f"--{name} {text}: must be a {'whole ' if FIELDS[name] is int else ''}number") from None
-    if (preset := given.get("preset", default_preset)) not in PRESETS:
-        raise UserError(f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    preset = given.get("preset", default_preset)
+    refuse(preset not in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[preset], **given)
 
 # --------------------------------------------------------------------------------------------------------------- Runtime
@@ -234,24 +231,22 @@ class Runtime:
 
 def init_runtime(config: Config) -> Runtime:
     """Device and process group: the one place that touches CUDA or the network."""
-    rank, world_size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    cuda = config.device == "cuda" or config.device == "auto" and torch.cuda.is_available()
-    if cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: no usable CUDA device on this machine; leave --device out to train on the CPU")
-    if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"more processes than the {torch.cuda.device_count()} GPUs of this machine: lower NPROC")
+    rank, world_size, local_rank = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpus = torch.cuda.device_count()
+    cuda = config.device == "cuda" or config.device == "auto" and gpus > 0
+    refuse(cuda and not gpus, "--device cuda: no usable CUDA device on this machine; leave --device out to train on the CPU")
+    refuse(cuda and local_rank >= gpus, f"more processes than the {gpus} GPUs of this machine: lower NPROC")
     if config.rows % world_size:
         fits = sorted((n for n in range(1, config.rows + 1) if config.rows % n == 0), key=lambda n: abs(n - world_size))[:2]
         raise UserError(f"{world_size} processes do not divide the {config.rows} rows of a batch (batch_tokens / seq_len); "
                         f"nearest that do: {' and '.join(map(str, sorted(fits)))}")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(local_rank)
-    elif sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        # Freed tensors stay in the heap (M_MMAP_MAX 0, M_TRIM_THRESHOLD, M_TOP_PAD): fresh pages made steps 10 times as long
+        torch.cuda.set_device(device)
+    elif platform.libc_ver()[0] == "glibc":
+        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: freed tensors stay in the heap. Fresh pages made a step up to 10 times as long
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             ctypes.CDLL(None).mallopt(option, value)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if world_size == 1:
         return Runtime(device)
     store = next(dist.rendezvous("env://"))[0]
@@ -300,8 +295,7 @@ class Shards:
     Reads with pread instead of a memory map: a shard cut short during the run is then an error message, not a SIGBUS."""
     def __init__(self, pattern: str, flag: str):
         self.pattern, self.paths, self.fds, self.stats, counts = pattern, sorted(glob.glob(pattern)), [], [], []
-        if not self.paths:
-            raise UserError(f"--{flag} {pattern}: no such files. ./run.sh fetches or builds them; data/prepare.py makes your own")
+        refuse(not self.paths, f"--{flag} {pattern}: no such files. ./run.sh fetches or builds them; data/prepare.py makes your own")
         for path in self.paths:
             try:
                 self.fds.append(os.open(path, os.O_RDONLY))
@@ -310,9 +304,8 @@ class Shards:
             except (OSError, ValueError, IndexError) as error:
                 raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
             counts.append((os.fstat(self.fds[-1]).st_size - 1024) // 2)
-            if not known or promised != counts[-1] or promised < 1:
-                why = f"its header promises {promised} tokens, it holds {counts[-1]}" if known else "wrong magic number or version"
-                raise UserError(f"{path}: not a whole token shard of version 1 ({why}); fetch or prepare it again")
+            why = f"its header promises {promised} tokens, it holds {counts[-1]}" if known else "wrong magic number or version"
+            refuse(not known or promised != counts[-1] or promised < 1, f"{path}: not a whole token shard ({why}); fetch or prepare it again")
         self.ends = np.cumsum(counts)  # of each shard in the stream
 
     @staticmethod
@@ -327,30 +320,27 @@ class Shards:
         """Tokens [start, start + count) of the stream, uint16. Errors: UserError when a shard has changed since the start."""
         parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
         while count:
-            end = int(self.ends[shard])
-            first, n = end - start, min(count, end - start)
-            data = os.pread(self.fds[shard], 2 * n, self.stats[shard][1] - 2 * first)
-            if len(data) != 2 * n or self.stat(self.paths[shard]) != self.stats[shard]:
-                raise UserError(f"{self.paths[shard]}: the shard changed during the run; stopped before training on it")
+            left = int(self.ends[shard]) - start
+            data = os.pread(self.fds[shard], 2 * min(count, left), self.stats[shard][1] - 2 * left)
+            refuse(len(data) != 2 * min(count, left) or self.stat(self.paths[shard]) != self.stats[shard],
+                   f"{self.paths[shard]}: the shard changed during the run; stopped before training on it")
             parts.append(np.frombuffer(data, dtype="<u2"))
-            start, count, shard = start + n, count - n, shard + 1
+            start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
         return np.concatenate(parts)
 
     def verify(self, tokens: int, vocab_size: int) -> dict[str, str]:
         """{file name: sha256} of the shards that hold the first `tokens` tokens. Errors: UserError for a token >= vocab_size."""
-        digests = {}
-        for path, fd, end in zip(self.paths, self.fds, self.ends):
+        digests, shards = {}, math.ceil(tokens * len(self.paths) / len(self))
+        refuse(tokens > len(self), f"{self.pattern} holds {len(self):,} tokens, the run needs {tokens:,}: about {shards} such shards "
+                                   f"(python data/fineweb.py {shards}), or --epochs_allowed")
+        for path, fd in zip(self.paths[: np.searchsorted(self.ends, tokens) + 1], self.fds):
             digest, at = hashlib.sha256(os.pread(fd, 1024, 0)), 1024
             while chunk := os.pread(fd, 1 << 24, at):
                 digest.update(chunk)
-                at += len(chunk)
-                if (worst := int(np.frombuffer(chunk, dtype="<u2").max())) >= vocab_size:
-                    raise UserError(f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; the wrong data for this preset?")
+                at, worst = at + len(chunk), int(np.frombuffer(chunk, dtype="<u2").max())
+                refuse(worst >= vocab_size, f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; the wrong data for this preset?")
             digests[os.path.basename(path)] = digest.hexdigest()
-            if end >= tokens:
-                return digests
-        raise UserError(f"{self.pattern} holds {len(self):,} tokens, the run needs {tokens:,}: about "
-                        f"{math.ceil(tokens * len(self.paths) / len(self))} such shards (python data/fineweb.py N), or --epochs_allowed")
+        return digests
 
 class Batches:
     """Rows of seq_len + 1 tokens; batch_at(step) depends on the shards, the step and the global batch, on nothing else."""
