@@ -72,9 +72,18 @@ case " ${*-} " in
     *" -h "* | *" --help "* | *" --generate"*) setup; exec "$python" train_gpt.py "$@" ;;
 esac
 setup
-counts=$("$python" -c "import torch; print(torch.cuda.device_count(), torch.get_num_threads())") ||
-    fail "$python cannot import torch, see above; install requirements.txt again"
-gpus=${counts% *} threads=${counts#* } rendezvous=""
+# One look at machine and flags: GPUs, threads, and the command that brings the data. Bad flags end here, before any download.
+plan=$("$python" -c 'import sys, torch, train_gpt
+gpus = torch.cuda.device_count()
+try:
+    config = train_gpt.parse_config(sys.argv[1:], "gpt2_small" if gpus else "laptop")
+except train_gpt.UserError as error:
+    sys.exit(print(f"train_gpt.py: {error}", file=sys.stderr) or 2)
+shards = -(-(config.steps * config.batch_tokens + 1) // (config.epochs_allowed * 10**8))
+data = {"data/laptop/laptop_train_*.bin": "laptop.py", "data/fineweb10B/fineweb_train_*.bin": f"fineweb.py {shards}"}
+print(gpus, torch.get_num_threads(), data.get(config.train_files, ""))' "$@") || exit
+read -r gpus threads data <<<"$plan"
+rendezvous=""
 processes=${NPROC:-$((gpus > 0 ? gpus : 1))}
 case $processes in 0* | *[!0-9]*) fail "NPROC=$processes is not a number of processes; give 1 or more" ;; esac
 for name in NNODES NODE_RANK MASTER_ADDR MASTER_PORT; do # torchrun takes its defaults from PET_*
@@ -85,12 +94,8 @@ done
 [ "${PET_NNODES:-1}" = 1 ] || [ -n "${PET_RDZV_ENDPOINT:-${PET_NODE_RANK:+${PET_MASTER_ADDR-}}}" ] ||
     fail "NNODES=$PET_NNODES needs MASTER_ADDR and NODE_RANK as well (or torchrun's PET_RDZV_ENDPOINT)"
 
-case " ${*-} gpus=$gpus" in
-    *" --train_files"*) ;;
-    *" --preset laptop "* | *" --preset=laptop "*) supervise "$python" data/laptop.py ;;
-    *" --preset"* | *" gpus="[1-9]*) supervise "$python" data/fineweb.py 18 ;; # enough for gpt2_small
-    *) supervise "$python" data/laptop.py ;;
-esac
+# shellcheck disable=SC2086 # a script and its argument
+[ -z "$data" ] || supervise "$python" data/$data
 [ "$processes" != 1 ] || [ -z "$rendezvous" ] || exec "$python" train_gpt.py "$@"
 
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > processes ? threads / processes : 1))}"

@@ -80,6 +80,8 @@ def main(argv=None):
         os.makedirs(out, exist_ok=True)
         for name in SHA256.keys() - whole:
             shards.write_shard(out / name, corpus[name])
+    if not (out / "manifest.json").is_file():
+        shards.record(out, SHA256)
     counts = ", ".join(f"{name} {shards.read_header(out / name):,} tokens" for name in SHA256)
     print(f"{out}: {counts} ({'whole already' if len(whole) == len(SHA256) else 'built'})")
 

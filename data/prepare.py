@@ -292,6 +292,7 @@ def prepare(paths, out: Path, name: str, tokenizer: str, field: str, val_fractio
         refuse_existing(out, name, val_fraction)  # another process may have been faster
         for shard in files:
             shard.commit()
+        shards.record(out, {shard.path.name: shards.sha256_file(shard.path) for shard in files})
     finally:
         results.close()
         for shard in train.files + val.files:

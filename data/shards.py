@@ -9,6 +9,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -165,3 +166,13 @@ def write_shard(path, tokens):
         shard.commit()
     finally:
         shard.discard()
+
+
+def record(folder: Path, digests: dict[str, str]):
+    """Adds {file name: sha256} to manifest.json beside the shards. The trainer refuses a shard that differs from it."""
+    path, files = folder / "manifest.json", {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or none that can be read: begin anew
+        files = dict(json.loads(path.read_text())["files"])
+    files |= {name: {"sha256": digest, "size": (folder / name).stat().st_size} for name, digest in digests.items()}
+    with atomic(path) as file:
+        file.write(json.dumps({"files": files}, indent=1, sort_keys=True).encode())

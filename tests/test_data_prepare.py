@@ -72,7 +72,7 @@ def test_fraction_0_and_1_and_names(tmp_path):
     out = tmp_path / "corpus"
     assert main(txt, "--out", out, "--val_fraction", 0) == 0
     assert main(txt, "--out", out, "--val_fraction", 1) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["corpus_train_000001.bin", "corpus_val_000000.bin"]
+    assert sorted(path.name for path in out.iterdir()) == ["corpus_train_000001.bin", "corpus_val_000000.bin", "manifest.json"]
     assert documents(out, "train") == documents(out, "val") == DOCUMENTS
 
 

@@ -14,23 +14,36 @@ ROOT = Path(__file__).resolve().parents[1]
 
 TRAINER = """
 import json, os, pathlib, signal, sys, time
-def record(**what):
-    with open(os.environ["CALLS"], "a") as f:
-        f.write(json.dumps(what) + "\\n")
-def stop(number, frame):
-    record(signal=signal.Signals(number).name)
-    sys.exit(0)
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGINT, stop)
-keep = ("OMP_NUM_THREADS", "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
-record(script="train", argv=sys.argv[1:], env={k: os.environ[k] for k in keep if k in os.environ}, cwd=os.getcwd())
-if "--sleep" in sys.argv:
-    time.sleep(20)
-if "--fail" in sys.argv:
-    if "SPEEDRUN_ERROR_FILE" in os.environ:
-        cause = pathlib.Path(os.environ["SPEEDRUN_ERROR_FILE"])
-        cause.write_text("2 train_gpt.py: no such thing; try another\\nmore\\n")
-    sys.exit(3)
+class UserError(Exception):
+    pass
+class parse_config:
+    def __init__(self, argv, preset):
+        words = " ".join(argv).replace("=", " ").split()
+        given = {words[i]: words[i + 1] for i in range(len(words) - 1) if words[i].startswith("--")}
+        if "--bad" in words:
+            raise UserError("unknown flag --bad")
+        laptop = given.get("--preset", preset) == "laptop"
+        self.steps, self.batch_tokens, self.epochs_allowed = int(given.get("--steps", 3242)), 524288, 1
+        usual = "data/laptop/laptop_train_*.bin" if laptop else "data/fineweb10B/fineweb_train_*.bin"
+        self.train_files = given.get("--train_files", usual)
+if __name__ == "__main__":
+    def record(**what):
+        with open(os.environ["CALLS"], "a") as f:
+            f.write(json.dumps(what) + "\\n")
+    def stop(number, frame):
+        record(signal=signal.Signals(number).name)
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    keep = ("OMP_NUM_THREADS", "PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT")
+    record(script="train", argv=sys.argv[1:], env={k: os.environ[k] for k in keep if k in os.environ}, cwd=os.getcwd())
+    if "--sleep" in sys.argv:
+        time.sleep(20)
+    if "--fail" in sys.argv:
+        if "SPEEDRUN_ERROR_FILE" in os.environ:
+            cause = pathlib.Path(os.environ["SPEEDRUN_ERROR_FILE"])
+            cause.write_text("2 train_gpt.py: no such thing; try another\\nmore\\n")
+        sys.exit(3)
 """
 DATA = """
 import json, os, pathlib, sys
@@ -144,9 +157,19 @@ def test_cpu_builds_the_laptop_corpus_and_passes_flags_on(checkout):
 def test_gpus_fetch_fineweb_and_start_one_process_each(checkout):
     assert checkout.run("--steps", "50", GPUS="2")[0] == 0
     fineweb, torchrun, train = checkout.calls()
-    assert fineweb == {"script": "fineweb", "argv": ["18"]}
+    assert fineweb == {"script": "fineweb", "argv": ["1"]}  # 50 steps need 26M tokens: one shard of 100M
     assert torchrun["argv"] == ["--standalone", "--nproc_per_node=2"]
     assert train["argv"] == ["--steps", "50"]
+
+
+def test_bad_flags_end_before_anything_is_fetched(checkout):
+    code, out, err = checkout.run("--bad", GPUS="8")
+    assert (code, err, checkout.calls()) == (2, "train_gpt.py: unknown flag --bad\n", [])
+
+
+def test_as_many_shards_as_the_run_needs(checkout):
+    checkout.run("--preset", "gpt2_small", GPUS="1")
+    assert checkout.calls()[0] == {"script": "fineweb", "argv": ["17"]}
 
 
 @pytest.mark.parametrize("flags, gpus, scripts", [
