@@ -88,7 +88,7 @@ def write_data(folder: Path, settings: dict) -> dict[str, np.ndarray]:
 
 def find(row: np.ndarray, stream: np.ndarray) -> int | None:
     """Where a row of tokens stands in a stream; None: nowhere."""
-    if row.min() < 0 or row.max() > 65535:
+    if not row.size or row.min() < 0 or row.max() > 65535:
         return None
     needle, haystack, at = row.astype("<u2").tobytes(), stream.tobytes(), -1
     while (at := haystack.find(needle, at + 1)) % 2 == 1 and at > 0:
@@ -675,7 +675,8 @@ def main(argv=None) -> int:
         return child(Path(argv[1]))
     ours, flags = (argv[:argv.index("--")], argv[argv.index("--") + 1:]) if "--" in argv else (argv, [])
     parser = shards.Parser(__doc__)
-    parser.prog, parser.usage = "legal.py", "%(prog)s SCRIPT [--data DIR] [--timeout S] [--json] [-- flags for the trainer]"
+    parser.prog = "legal.py"
+    parser.usage = "legal.py SCRIPT [--data DIR] [--timeout SECONDS] [--json] [-- flags for the trainer]"
     parser.add_argument("script", type=Path, help="a trainer, or a record folder with its train_gpt.py")
     parser.add_argument("--data", type=Path, help="folder whose training shards are searched for validation documents")
     parser.add_argument("--timeout", type=float, default=300, help="seconds that the trainer may take [300]")
