@@ -1,0 +1,215 @@
+"""SuPar study: does one learning rate hold for all widths and densities, and which rule does Muon need?
+
+    python records/methods/supar.py            about 20 minutes on two cores; writes supar_*.csv and supar_*.png
+    python records/methods/supar.py --check    only the coordinate check, 4 minutes
+
+standard: the masks alone. muP: and the rules for width. SuPar: and the rules for density. All share masks and data.
+"""
+import dataclasses
+import itertools
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import SMALL, arguments, build, data, figure, in_parallel, mean_std, read_csv, save, tg, train, write_csv  # noqa: E402
+
+WIDTHS, DENSITIES, BASE, RULES = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar")
+RATES = {"adam": [2.0**-n for n in range(9, 3, -1)], "muon": [0.04 * 4.0**n for n in (-2, -1, 0, 1)]}
+
+
+class Rules(tg.SuPar):
+    """SuPar with the rules for width or density left out, or with another exponent for Muon."""
+    width_rules = density_rules = True
+    power = tg.SuPar.MUON_POWER
+
+    def attach(self, model):
+        c, density = self.config, 1 - self.config.sparsity
+        whole = dataclasses.replace(c, mup_base_width=c.mup_base_width if self.width_rules else c.n_embd)
+        self.config = whole
+        super().attach(model)
+        self.config = c
+        for name, p in model.named_parameters():
+            if name in self.masks:
+                if c.matrix_optimizer == "muon":
+                    p.lr_mult = density**-self.power
+                if not self.density_rules:
+                    p.data.mul_(density**0.5)  # undo the larger init
+                    p.lr_mult = whole.mup_base_width / c.n_embd if c.matrix_optimizer == "adam" else 1.0
+
+
+def rules(name: str, power: float = tg.SuPar.MUON_POWER) -> type:
+    return type(name, (Rules,), dict(width_rules=name != "standard", density_rules=name == "SuPar", power=power))
+
+
+def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config:
+    return dataclasses.replace(SMALL, n_layer=2, n_embd=width, n_head=width // 32, batch_tokens=1024, warmup=5, sparsity=1 - density,
+                               mup_base_width=BASE, matrix_optimizer=optimizer, **fields)
+
+
+# ------------------------------------------------------------------------------------------------------------ sweeps
+
+def sweep_run(task: dict) -> dict:
+    config = config_of(task["width"], task["density"], task["optimizer"], steps=task["steps"], seed=task["seed"],
+                       **{f"lr_{task['optimizer']}": task["lr"]})
+    run = train(config, [rules(task["rule"])])
+    return task | dict(val_loss=run.log.val[config.steps])
+
+
+def sweep_tasks() -> list[dict]:
+    """Where rules agree (dense, or base width) one run stands for all of them."""
+    tasks = []
+    for optimizer, width, density, rule in itertools.product(RATES, WIDTHS, DENSITIES, RULES):
+        same_rule = density == 1 and rule == "SuPar" or width == BASE and rule == "muP"
+        if same_rule or optimizer == "muon" and (rule == "muP" and density < 1 or width == 256):
+            continue
+        tasks += [dict(optimizer=optimizer, width=width, density=density, rule=rule, lr=lr, seed=seed, steps=50)
+                  for lr in RATES[optimizer] for seed in range(1 if width == 256 else 2)]
+    return sorted(tasks, key=lambda t: -t["width"])
+
+
+def curves(rows: list[dict], optimizer: str, rule: str) -> dict:
+    """{(width, density): [(lr, mean, std, n)]} with the stand-ins filled in."""
+    found = {}
+    for width, density in itertools.product(WIDTHS, DENSITIES):
+        for stand_in in {"standard": ["standard"], "muP": ["muP", "standard" if width == BASE else "-"],
+                         "SuPar": ["SuPar"] + (["muP", "standard" if width == BASE else "-"] if density == 1 else [])}[rule]:
+            group = [r for r in rows if (r["optimizer"], r["rule"], r["width"]) == (optimizer, stand_in, width) and abs(r["density"] - density) < 1e-9]
+            if group:
+                found[width, density] = [(lr, *mean_std(losses), len(losses)) for lr in sorted({r["lr"] for r in group})
+                                         if (losses := [r["val_loss"] for r in group if r["lr"] == lr])]
+                break
+    return found
+
+
+def best_rate(points: list[tuple]) -> tuple[float, float, float]:
+    """(rate at the minimum of a parabola through the lowest point and its neighbours in log rate, loss, std)."""
+    points = [p for p in points if math.isfinite(p[1])]
+    i = min(range(len(points)), key=lambda n: points[n][1])
+    lr, loss, std, _ = points[i]
+    if 0 < i < len(points) - 1:
+        left, right = points[i - 1][1] - loss, points[i + 1][1] - loss
+        step = math.log2(points[i + 1][0] / lr)
+        lr *= 2 ** (step * 0.5 * (left - right) / (left + right))
+    return lr, loss, std
+
+
+def report_sweep():
+    rows, best = read_csv("supar_sweep.csv"), []
+    for optimizer in RATES:
+        names = [rule for rule in RULES if optimizer == "adam" or rule != "muP"]
+        made, axes = figure(1, len(names))
+        for axis, rule in zip(axes, names):
+            for (width, density), points in curves(rows, optimizer, rule).items():
+                style = {1.0: "-", 0.25: "--", 0.0625: ":"}[density]
+                axis.errorbar([p[0] for p in points], [p[1] for p in points], [p[2] for p in points], linestyle=style, marker=".",
+                              color=f"C{WIDTHS.index(width)}", label=f"{width}, 1/{round(1 / density)}")
+                lr, loss, std = best_rate(points)
+                best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, val_loss=loss, std=std, n=points[0][3]))
+            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel="val loss after 50 updates", ylim=(2.0, 3.6))
+        axes[-1].legend(title="width, density", fontsize=7)
+        save(made, f"supar_lr_{optimizer}.png")
+    write_csv("supar_best.csv", best)
+    print("optimizer rule      best lr, smallest to largest over the widths and densities; their ratio; cost of the base model's rate elsewhere")
+    for optimizer, rule in itertools.product(RATES, RULES):
+        rates = [b["best_lr"] for b in best if (b["optimizer"], b["rule"]) == (optimizer, rule)]
+        if rates:
+            points = curves(rows, optimizer, rule)
+            base = min(points.get((BASE, 1.0), next(iter(points.values()))), key=lambda p: p[1])[0]
+            costs = [next(p[1] for p in c if p[0] == base) - min(p[1] for p in c) for c in points.values()]
+            print(f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  x{max(rates) / min(rates):.1f}   mean {sum(costs) / len(costs):.4f}, "
+                  f"worst {max(costs):.4f}")
+
+
+# --------------------------------------------------------------------------------------------------- coordinate check
+
+def check_run(task: dict) -> list[dict]:
+    """Per step: mean |output| of the hidden matrices, RMS of what their changed weights add to their output, and of its whole change."""
+    optimizer, steps = task["optimizer"], task["steps"]
+    config = config_of(task["width"], task["density"], optimizer, steps=100, seed=task["seed"], zero_init=False)
+    config = dataclasses.replace(config, n_layer=1 if task["width"] > 512 else 2, warmup=0, momentum_warmup=0, cooldown=0.0)
+    run = build(config, [rules(task["rule"], task["power"])])
+    batches, _ = data(run.config)
+    fixed = torch.from_numpy(batches.batch_at(1000).astype("int64"))
+    layers = {name: m for name, m in run.model.blocks.named_modules() if isinstance(m, tg.Linear)}
+    start, seen, rows = {name: m.weight.detach().clone() for name, m in layers.items()}, {}, []
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda module, inputs, y, name=name: seen.update({name: (inputs[0].detach(), y.detach())}))
+
+    def look() -> dict:
+        with torch.no_grad():
+            run.model(fixed[:2, :-1])
+        return dict(seen)
+    first = look()
+    for step in range(1, steps + 1):
+        tokens = torch.from_numpy(batches.batch_at(step).astype("int64"))
+        tg.forward_backward(run.model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), config.rows, 1)
+        tg.update(run)
+        now = look()
+        sizes = {}
+        for name, layer in layers.items():
+            x, y = now[name]
+            delta = layer.weight.detach() - start[name]
+            added = x @ delta if layer.transposed else x @ delta.T
+            for key, value in dict(activation=y.abs().mean(), added=added.square().mean().sqrt(), change=(y - first[name][1]).square().mean().sqrt()).items():
+                sizes.setdefault(key, []).append(value.item())
+        rows.append(task | dict(step=step) | {key: sum(values) / len(values) for key, values in sizes.items()})
+    return rows
+
+
+def check_tasks() -> list[dict]:
+    tasks = []
+    for width, density in itertools.product((64, 128, 256, 512), (1.0, 1 / 4, 1 / 8, 1 / 16)):
+        steps = 10 if width < 512 else 4
+        for rule in RULES:
+            tasks.append(dict(optimizer="adam", rule=rule, power=0.0, width=width, density=density, seed=0, steps=10))
+        for power in (0.0, 0.5, 1.0):
+            tasks.append(dict(optimizer="muon", rule="SuPar", power=power, width=width, density=density, seed=0, steps=steps))
+    return sorted(tasks, key=lambda t: -t["width"] - 1000 * (t["optimizer"] == "muon"))
+
+
+def report_check():
+    rows = read_csv("supar_check.csv")
+    kinds = [("adam", rule, 0.0) for rule in RULES] + [("muon", "SuPar", power) for power in sorted({r["power"] for r in rows if r["optimizer"] == "muon"})]
+    for key, ylabel in (("activation", "mean |output|"), ("added", "RMS of (W - W at init) x")):
+        made, axes = figure(2, len(kinds) // 2 + len(kinds) % 2)
+        for axis, (optimizer, rule, power) in zip(axes, kinds):
+            for density in sorted({r["density"] for r in rows}, reverse=True):
+                for step, alpha in ((1, 0.35), (4, 1.0)):
+                    points = [(r["width"], r[key]) for r in rows if (r["optimizer"], r["rule"], r["power"], r["density"], r["step"]) ==
+                              (optimizer, rule, power, density, step)]
+                    axis.plot(*zip(*sorted(points)), marker=".", alpha=alpha, color=f"C{round(-math.log2(density))}",
+                              label=f"1/{round(1 / density)}" if step == 4 else None)
+            axis.set(xscale="log", yscale="log", xlabel="width", ylabel=ylabel,
+                     title=f"{optimizer}, {rule if optimizer == 'adam' else f'rate x density^-{power:g}'}")
+        axes[0].legend(title="density; pale: update 1, full: 4", fontsize=7)
+        save(made, f"supar_check_{key}.png")
+    print("RMS output change by the updates, relative to dense at the same width, where a neuron keeps >= 64 weights; slope of log over log density")
+    for optimizer, rule, power in kinds:
+        for step in (1, 4):
+            picked = {(r["width"], r["density"]): r for r in rows if (r["optimizer"], r["rule"], r["power"], r["step"]) == (optimizer, rule, power, step)}
+            for key in ("added", "change"):
+                ratios = {at: r[key] / picked[at[0], 1.0][key] for at, r in picked.items() if at[0] * at[1] >= 64 and at[1] < 1}
+                slopes = [math.log(q) / math.log(at[1]) for at, q in ratios.items()]
+                print(f"{optimizer} {rule:8} power {power:g} step {step} {key:6}: {min(ratios.values()):.2f} .. {max(ratios.values()):.2f}, "
+                      f"slope {sum(slopes) / len(slopes):+.2f}   {({f'{int(w)}/{round(1 / d)}': round(q, 2) for (w, d), q in ratios.items()})}")
+
+
+def main(argv=None) -> int:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="the coordinate check only")
+    flags = parser.parse_args(argv)
+    if not flags.plot_only:
+        write_csv("supar_check.csv", [row for rows in in_parallel(check_run, check_tasks(), flags.processes) for row in rows])
+    report_check()
+    if not flags.check:
+        if not flags.plot_only:
+            write_csv("supar_sweep.csv", in_parallel(sweep_run, sweep_tasks(), flags.processes))
+        report_sweep()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
