@@ -1085,7 +1085,7 @@ def tokenizer(config: Config):
 @torch.no_grad()
 def generate(config: Config):
     """Print config.generate and what the model of a checkpoint makes of it, as it comes."""
-    path, state = find_checkpoint(config.checkpoint, config.checkpoint_dir, functools.partial(print, file=sys.stderr))
+    path, state = find_checkpoint(config.checkpoint, config.checkpoint_dir, print)
     c = Config(**{name: value for name, value in state["config"].items() if name in FIELDS} | dict(attention="sdpa"))
     run = build(c, init_runtime(config))
     run.restore(path, state)
@@ -1165,9 +1165,9 @@ def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) 
     """From run.step to the end. Returns the last validation loss. Errors: UserError when a loss is not finite; Stopped."""
     c, runtime, clock, log, first, val_loss, unread = run.config, run.runtime, run.clock, run.log, run.step, math.nan, None
     lag = runtime.cuda and not c.galore_per_layer  # read a loss one step late: the device never waits for us
-    def check(loss: float):
+    def check(kind: str, loss: float):
         if math.isfinite(loss): return
-        log.line(f"diverged: step {run.step} loss {loss} last val_loss {val_loss:.4f}")
+        log.line(f"diverged: step {run.step} {kind}_loss {loss} last val_loss {val_loss:.4f}")
         why = f"the loss became {loss} at step {run.step} (last val loss {val_loss:.4f})"
         raise UserError(f"{why}: lower the learning rates; log {log.path}")
     def settle():
@@ -1177,7 +1177,7 @@ def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) 
         (health, work), unread = unread, None
         if work: work.wait()
         loss, stop = health.tolist()
-        check(loss)
+        check("train", loss)
         log.step(run.step, c.steps, "train", loss, clock.ms)
         seconds_per_step = (clock.ms - started) / 1000 / (run.step - first)
         log.progress(f"step {run.step}/{c.steps}  loss {loss:.4f}  {c.batch_tokens / seconds_per_step:,.0f} tokens/s  "
@@ -1190,7 +1190,7 @@ def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) 
             settle()
             with clock.paused(), contextlib.ExitStack() as averaged:
                 for method in run.methods: averaged.enter_context(method.eval_weights(run.model))
-                check(new := evaluate(forward, val, c, runtime, micro))
+                check("val", new := evaluate(forward, val, c, runtime, micro))
             val_loss = new
             log.step(run.step, c.steps, "val", val_loss, clock.ms)
         if run.step == c.steps:

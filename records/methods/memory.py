@@ -48,7 +48,11 @@ def measure(preset: str, name: str, fields: dict) -> dict:
         live = [o.grads for o in run.optimizers] + [p.grad for p in run.model.parameters()]
         gradients = max(gradients, storages(live))
     arrived = tg.PerLayer.arrived
-    tg.PerLayer.arrived = lambda self, p: (look(run), arrived(self, p))
+
+    def look_first(self, p):
+        look(run)
+        arrived(self, p)
+    tg.PerLayer.arrived = look_first
     try:
         run = build(config)
         rows = torch.randint(config.vocab_size, (1, config.seq_len + 1), generator=tg.seeded("memory"))
@@ -139,12 +143,11 @@ def paper() -> list[dict]:
         largest = max(m * n for _, m, n in hidden + others)
 
         def row(name, weights, gradients, state):
-            base = rows[-1] if rows and rows[-1]["model"] == model else None
-            first = next((r for r in rows if r["model"] == model), None)
-            rows.append(dict(model=model, rank=rank, variant=name, weights=weights, gradients=gradients, state=state, total=weights + gradients + state,
-                             state_change=state / first["state"] - 1 if first else 0.0,
-                             total_change=(weights + gradients + state) / first["total"] - 1 if first else 0.0))
-            return base
+            new = dict(model=model, rank=rank, variant=name, weights=weights, gradients=gradients, state=state, total=weights + gradients + state)
+            ours = name.startswith("this trainer")
+            first = next((r for r in rows if r["model"] == model and r["variant"].startswith("this trainer") == ours), new)  # Adam, in either
+            rows.append(new | dict(state_change=state / first["state"] - 1, total_change=new["total"] / first["total"] - 1))
+
         row("Adam, all bf16", 2 * weights, 2 * weights, 4 * weights)
         row("GaLore, all bf16", 2 * weights, 2 * weights, 2 * (projections + moments))
         row("GaLore, all bf16, P not counted", 2 * weights, 2 * weights, 2 * moments)
