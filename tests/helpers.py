@@ -206,7 +206,7 @@ def flag_lines() -> str:
     lines = ["| flag | what it sets | default |", "|---|---|---|"]
     for name, comment, default in train_gpt.flag_table():
         shown = {"True": "on", "False": "off", "None": ""}.get(str(default), default)
-        lines.append(f"| `--{name}` | {comment.replace('|', chr(92) + '|')} | {f'`{shown}`' if shown != '' else ''} |")
+        lines.append(f"| `--{name}` | {comment.replace('|', chr(92) + '|').replace('<', '&lt;')} | {f'`{shown}`' if shown != '' else ''} |")
     return "\n".join(lines)
 
 

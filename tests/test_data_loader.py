@@ -242,10 +242,13 @@ def test_the_same_batches_again_after_a_restart(folder, monkeypatch):
 
     monkeypatch.setattr(train_gpt, "forward_backward", watch)
     runs = []
-    for extra in ({}, dict(checkpoint_every=5), dict(resume="latest")):
+    for extra in ({}, dict(checkpoint_every=5, checkpoint_keep=9), dict(resume="STEP 5")):
         seen.clear()
+        if "resume" in extra:
+            (extra["resume"],) = folder.glob("checkpoints/*/step_000005.pt")
         assert run(flags(folder, **extra)).code == 0
-        runs.append(seen[-(12 - 10 * ("resume" in extra)):])  # without the warm-up's random rows; the latest is step 10
-    for other in (runs[0], runs[0][10:]):
-        for (x, y), (x2, y2) in zip(other, runs[1] if len(other) == 12 else runs[2], strict=True):
+        runs.append(seen[1:])  # the first is the warm-up's: random tokens
+    assert [len(run_batches) for run_batches in runs] == [12, 12, 7]
+    for batches_seen in (runs[1], runs[2]):
+        for (x, y), (x2, y2) in zip(batches_seen, runs[0][-len(batches_seen):], strict=True):
             assert torch.equal(x, x2) and torch.equal(y, y2)
