@@ -95,7 +95,10 @@ def kill(count: int, rng: random.Random, root: Path) -> str:
         place = Place(root / f"kill{trial}", 1)
         process = subprocess.Popen(command + place.flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         wait_for_step(place, rng.randrange(STEPS - 2), process)
-        time.sleep(rng.random() * 0.05)
+        if trial % 2:  # in every other trial, while a checkpoint is being written
+            wait_until(lambda: any(place.folder.glob("checkpoints/*/writing.tmp")), process)
+        else:
+            time.sleep(rng.random() * 0.05)
         process.kill()
         process.wait()
         saving += any(place.folder.glob("checkpoints/*/writing.tmp"))
@@ -111,12 +114,16 @@ def kill(count: int, rng: random.Random, root: Path) -> str:
     return f"kill -9 then resume: {same}/{count} end with the weights of the unbroken run ({saving} were killed while saving)", same == count
 
 
+def wait_until(true, process: subprocess.Popen):
+    while process.poll() is None and not true():
+        pass
+
+
 def wait_for_step(place: Place, step: int, process: subprocess.Popen):
-    while process.poll() is None:
+    def reached() -> bool:
         logs = list(place.folder.glob("logs/*.txt"))
-        if logs and re.search(rf"^step:{step}/", logs[0].read_text(encoding="utf-8").rpartition("=" * 100)[2], re.M):
-            return
-        time.sleep(0.002)
+        return bool(logs and re.search(rf"^step:{step}/", logs[0].read_text(encoding="utf-8").rpartition("=" * 100)[2], re.M))
+    wait_until(reached, process)
 
 
 def damage(data: bytes, rng: random.Random, other: bytes) -> tuple[str, bytes]:
@@ -175,6 +182,7 @@ def shard_faults(count: int, rng: random.Random, root: Path) -> str:
     place = Place(root / "shards", 3)
     silent = tracebacks = unchanged = 0
     files = sorted(place.folder.glob("*.bin"))
+    assert in_process(place.flags)[0] == 0, "the whole shards must train"
     for trial in range(count):
         path = rng.choice(files)
         whole = path.read_bytes()
@@ -209,7 +217,9 @@ def flags(count: int, rng: random.Random, root: Path) -> str:
                 at = argv.index(f"--{name}")
                 del argv[at:at + 2]
             word = rng.choice((f"--{name}", f"--{name}", f"--{name}", f"--no_{name}", f"--{name[:-1]}", name))
-            argv += [word] if rng.random() < 0.3 else [word, rng.choice(values)]
+            usual = getattr(train_gpt.PRESETS["laptop"], name)
+            value = rng.choice(values) if rng.random() < 0.5 else str(usual)
+            argv += [word] if rng.random() < 0.1 or usual in (True, False, None) else [word, value]
         code, out, err = in_process(argv)
         lines = [line for line in err.strip().splitlines() if line]
         if code == 0:

@@ -7,6 +7,7 @@ Tolerances are relative Frobenius errors against fp64 where an operation is test
 compared with an absolute tolerance: atomic additions make even equal GPU runs differ in the last bits.
 """
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -27,14 +28,20 @@ CUDA = torch.device("cuda")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2}  # of one operation
 
 
+def start_afresh():
+    """No compiled code, no cached memory, and a peak that counts from here."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 @pytest.fixture(autouse=True)
 def clean_device():
     """Each test compiles for itself, starts with an empty cache, and leaves no memory limit."""
+    start_afresh()
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
-    torch._dynamo.reset()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
 
 
 def error(got, wanted) -> float:
@@ -190,7 +197,7 @@ def test_what_does_not_fit_is_halved_and_trains_the_same_global_batch(tmp_path):
     full = on_gpu(tmp_path, **sizes)
     peak, total = full.result()["peak_memory_bytes"], torch.cuda.mem_get_info()[1]
     assert micro_of(full) == 128
-    torch.cuda.empty_cache()
+    start_afresh()
     torch.cuda.set_per_process_memory_fraction(0.6 * peak / total)
     halved = on_gpu(tmp_path, **sizes)
     torch.cuda.set_per_process_memory_fraction(1.0)
@@ -213,7 +220,7 @@ def test_the_full_gpt2_small_batch_fits_into_24_gb(tmp_path):
         losses = values(outcome)
         assert losses[-1] < 10.9 and np.isfinite(losses).all()
         assert outcome.result()["peak_memory_bytes"] <= 24e9 and 512 % micro_of(outcome) == 0
-        torch._dynamo.reset()
+        start_afresh()
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -251,7 +258,8 @@ def test_generate_on_the_gpu(data, tmp_path):
 
 def test_the_clock_waits_for_the_device():
     clock = train_gpt.Clock(CUDA)
-    torch.cuda._sleep(1000)  # the first call loads it
+    torch.cuda._sleep(500_000_000)  # the first call loads it, and the card's clock rises
+    torch.cuda.synchronize()
     begun = time.perf_counter()
     torch.cuda._sleep(1_000_000_000)
     queued = time.perf_counter() - begun

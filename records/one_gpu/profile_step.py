@@ -7,7 +7,8 @@
 Two ceilings are measured first: a large matrix product on random numbers (bf16 on a GPU, fp32 on a CPU) and a large
 device-to-device copy (bytes read plus bytes written). Then steps on random tokens are timed without the profiler, and
 the two halves of a step, forward with backward and the optimizers' update, are profiled apart. What a step takes
-beyond its kernels is `gaps`: waiting for the host.
+beyond its kernels is `gaps`: waiting for the host. On a CPU the profiler slows every operator, so there `gaps` may
+come out below zero and only the proportions count.
 
 Floors: matmul and attention, counted operations over the matmul ceiling; all else, the fewest bytes over the copy
 ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66 numbers of width n_embd, each read or
@@ -38,6 +39,7 @@ CLASSES = (
     ("communication", r"nccl"),
     ("matmul", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|splitk|scaled_mm|triton_tem|aten::(addmm|mm|bmm|baddbmm|linear|matmul)"),
 )
+ANNOTATION = re.compile(r"^## |Torch-Compiled|CompiledF|ProfilerStep|Optimizer\.|cudaStream|^Command Buffer")  # spans of kernels, not kernels
 ORDER = ("matmul", "attention", "elementwise", "optimizer", "copies", "communication", "gaps")
 
 
@@ -121,7 +123,8 @@ def kernels(function, device, runs: int) -> dict[str, list]:
     found = {}
     for event in profiled.key_averages():
         if device.type == "cuda":
-            wanted, microseconds = event.device_type == torch.autograd.DeviceType.CUDA, event.self_device_time_total
+            wanted = event.device_type == torch.autograd.DeviceType.CUDA and not ANNOTATION.search(event.key)
+            wanted, microseconds = wanted and not getattr(event, "is_user_annotation", False), event.self_device_time_total
         else:
             wanted, microseconds = True, event.self_cpu_time_total
         if wanted and microseconds > 0:
