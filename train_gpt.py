@@ -1159,6 +1159,7 @@ def warm_up(run: Run, forward) -> int:
             torch.cuda.empty_cache()
     update(run)  # also leaves no gradient behind
     run.load_state(before)
+    if runtime.cuda: torch.cuda.reset_peak_memory_stats()
     return micro
 
 def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) -> float:
@@ -1201,7 +1202,7 @@ def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) 
         for optimizer in run.optimizers: optimizer.scale = lr_at(run.step, c)  # now: galore_per_layer updates during backward
         loss = forward_backward(forward, inputs, targets, micro, runtime.world_size)
         settle()
-        health = torch.stack((loss, torch.tensor(float(Signals.received > 0), device=loss.device)))
+        health = torch.stack((loss, torch.full_like(loss, Signals.received > 0)))
         unread = health, runtime.reduce(health)
         update(run)
         run.step += 1

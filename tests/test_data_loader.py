@@ -1,5 +1,6 @@
 """Shards and batches: what is refused before step 0, and that a batch depends on the data and the step alone."""
 import hashlib
+import json
 import os
 import shutil
 
@@ -104,6 +105,25 @@ def test_verify_hashes_the_shards_that_are_read_and_no_others(stream):
     assert shards.verify(5001, 257) == hashes
     assert shards.verify(2001, 257) == {"train_000000.bin": hashes["train_000000.bin"]}
     assert shards.verify(2002, 257) == hashes
+
+
+def test_manifest_is_kept_to(folder):
+    """One flipped byte that leaves a token in range: only the recorded hash can tell."""
+    names = [path.name for path in folder.glob("*.bin")]
+    recorded = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in names}
+    (folder / "manifest.json").write_text(json.dumps({"files": recorded}))
+    assert run(flags(folder, steps=2)).code == 0
+    path = folder / "train_000000.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
+    check_refused(run(flags(folder)), str(path), "manifest.json")
+    path.write_bytes(whole)
+    del recorded["train_000000.bin"]  # a shard that was added by hand
+    (folder / "manifest.json").write_text(json.dumps({"files": recorded}))
+    assert run(flags(folder, steps=2)).code == 0
+    for broken in ("", "{", "[]", '{"files": 3}', '{"files": {"val_000000.bin": 3}}'):
+        (folder / "manifest.json").write_text(broken)
+        check_refused(run(flags(folder)), "manifest.json: cannot be read", "delete it")
 
 
 # -------------------------------------------------------------------------------------------------------------------- batches

@@ -345,6 +345,36 @@ def test_resume_is_bit_for_bit(method, place, tmp_path):
     assert again.result()["train_time_ms"] >= resumed["train_time_ms"] > 0
 
 
+def test_a_restarted_process_resumes_its_own_run_by_itself(place, plain, tmp_path, monkeypatch):
+    """What torchrun --max-restarts starts: the same command line, and a count in the environment."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    fresh = run(place(checkpoint_every=5))
+    assert fresh.code == 0 and "restarted from step 0" in fresh.out and fresh.losses() == plain.losses()
+    next(tmp_path.glob("checkpoints/*/step_000012.pt")).unlink()
+    assert run(place(checkpoint_every=5, seed=3)).code == 0, "newer, but another run's"
+    again = run(place(checkpoint_every=5))
+    assert again.code == 0 and again.losses() == plain.losses()
+    (line,) = [line for line in again.body if line.startswith("resumed: ")]
+    assert fresh.path.stem in line and json.loads(line.removeprefix("resumed: "))["step"] == 10
+
+
+def test_random_numbers_go_on_where_they_were(place, tmp_path):
+    """For ideas that draw some (dropout): torch's generator is part of a checkpoint, and the warm-up does not advance it."""
+    drawn, update = [], train_gpt.update
+
+    def update_and_draw(run):
+        update(run)
+        drawn.append(torch.rand(()).item())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "update", update_and_draw)
+        run(place(checkpoint_every=5, checkpoint_keep=9))
+        torch.manual_seed(99)
+        run(place(resume=next(tmp_path.glob("checkpoints/*/step_000005.pt"))))
+    assert len(drawn) == 13 + 8 and drawn[0] == drawn[1], "the first draw of each run is the warm-up's, and put back"
+    assert drawn[-7:] == drawn[6:13]
+
+
 def test_resume_twice_over(place, plain, tmp_path):
     first = run(place(checkpoint_every=5))
     next(tmp_path.glob("checkpoints/*/step_000012.pt")).unlink()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import SMALL, arguments, build, data, figure, in_parallel, mean_std, read_csv, save, tg, train, write_csv  # noqa: E402
 
 WIDTHS, DENSITIES, BASE, RULES = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar")
+MUON = ((0.0, True), (0.0, False), (tg.SuPar.MUON_POWER, False))  # (exponent of 1 / density in the rate, gradient masked before, too?)
 RATES = {"adam": [2.0**-n for n in range(9, 3, -1)], "muon": [0.04 * 4.0**n for n in (-2, -1, 0, 1)]}
 
 
@@ -24,6 +25,10 @@ class Rules(tg.SuPar):
     """SuPar with the rules for width or density left out, or with another exponent for Muon."""
     width_rules = density_rules = True
     power = tg.SuPar.MUON_POWER
+    mask_first = False  # mask the gradient before Newton-Schulz, too
+
+    def project(self, optimizer, g):
+        return self.lift(optimizer, g) if self.mask_first else g
 
     def attach(self, model):
         c, density = self.config, 1 - self.config.sparsity
@@ -40,8 +45,8 @@ class Rules(tg.SuPar):
                     p.lr_mult = whole.mup_base_width / c.n_embd if c.matrix_optimizer == "adam" else 1.0
 
 
-def rules(name: str, power: float = tg.SuPar.MUON_POWER) -> type:
-    return type(name, (Rules,), dict(width_rules=name != "standard", density_rules=name == "SuPar", power=power))
+def rules(name: str, power: float = tg.SuPar.MUON_POWER, mask_first: bool = False) -> type:
+    return type(name, (Rules,), dict(width_rules=name != "standard", density_rules=name == "SuPar", power=power, mask_first=mask_first))
 
 
 def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config:
@@ -66,7 +71,7 @@ def sweep_tasks() -> list[dict]:
         if same_rule or optimizer == "muon" and (rule == "muP" and density < 1 or width == 256):
             continue
         tasks += [dict(optimizer=optimizer, width=width, density=density, rule=rule, lr=lr, seed=seed, steps=50)
-                  for lr in RATES[optimizer] for seed in range(1 if width == 256 else 2)]
+                  for lr in RATES[optimizer] for seed in range(2 if width == BASE else 1)]
     return sorted(tasks, key=lambda t: -t["width"])
 
 
@@ -126,11 +131,11 @@ def report_sweep():
 # --------------------------------------------------------------------------------------------------- coordinate check
 
 def check_run(task: dict) -> list[dict]:
-    """Per step: mean |output| of the hidden matrices, RMS of what their changed weights add to their output, and of its whole change."""
+    """Per step, geometric means over the hidden matrices: mean |output|, RMS of what their changed weights add to it, RMS of its whole change."""
     optimizer, steps = task["optimizer"], task["steps"]
     config = config_of(task["width"], task["density"], optimizer, steps=100, seed=task["seed"], zero_init=False)
     config = dataclasses.replace(config, n_layer=1 if task["width"] > 512 else 2, warmup=0, momentum_warmup=0, cooldown=0.0)
-    run = build(config, [rules(task["rule"], task["power"])])
+    run = build(config, [rules(task["rule"], task["power"], task["mask_first"])])
     batches, _ = data(run.config)
     fixed = torch.from_numpy(batches.batch_at(1000).astype("int64"))
     layers = {name: m for name, m in run.model.blocks.named_modules() if isinstance(m, tg.Linear)}
@@ -155,46 +160,48 @@ def check_run(task: dict) -> list[dict]:
             added = x @ delta if layer.transposed else x @ delta.T
             for key, value in dict(activation=y.abs().mean(), added=added.square().mean().sqrt(), change=(y - first[name][1]).square().mean().sqrt()).items():
                 sizes.setdefault(key, []).append(value.item())
-        rows.append(task | dict(step=step) | {key: sum(values) / len(values) for key, values in sizes.items()})
+        rows.append(task | dict(step=step) | {key: math.exp(sum(map(math.log, values)) / len(values)) for key, values in sizes.items()})
     return rows
 
 
 def check_tasks() -> list[dict]:
     tasks = []
-    for width, density in itertools.product((64, 128, 256, 512), (1.0, 1 / 4, 1 / 8, 1 / 16)):
-        steps = 10 if width < 512 else 4
-        for rule in RULES:
-            tasks.append(dict(optimizer="adam", rule=rule, power=0.0, width=width, density=density, seed=0, steps=10))
-        for power in (0.0, 0.5, 1.0):
-            tasks.append(dict(optimizer="muon", rule="SuPar", power=power, width=width, density=density, seed=0, steps=steps))
+    for width, density in itertools.product((64, 128, 256, 512, 1024), (1.0, 1 / 4, 1 / 8, 1 / 16)):
+        if width == 1024 and density in (1 / 4, 1 / 8):
+            continue  # slow, and decided at 512
+        kinds = [("adam", rule, 0.0, False, 10 if width < 1024 else 4) for rule in RULES]
+        kinds += [("muon", "SuPar", power, first, 10 if width < 512 else 4 if width < 1024 else 1) for power, first in MUON]
+        tasks += [dict(optimizer=o, rule=r, power=p, mask_first=f, width=width, density=density, seed=0, steps=n) for o, r, p, f, n in kinds]
     return sorted(tasks, key=lambda t: -t["width"] - 1000 * (t["optimizer"] == "muon"))
 
 
 def report_check():
-    rows = read_csv("supar_check.csv")
-    kinds = [("adam", rule, 0.0) for rule in RULES] + [("muon", "SuPar", power) for power in sorted({r["power"] for r in rows if r["optimizer"] == "muon"})]
+    rows, verdict = read_csv("supar_check.csv"), []
+    kinds = [("adam", rule, 0.0, "False") for rule in RULES] + [("muon", "SuPar", power, str(first)) for power, first in MUON]
+    of_kind = [[r for r in rows if (r["optimizer"], r["rule"], r["power"], r["mask_first"]) == kind] for kind in kinds]
     for key, ylabel in (("activation", "mean |output|"), ("added", "RMS of (W - W at init) x")):
-        made, axes = figure(2, len(kinds) // 2 + len(kinds) % 2)
-        for axis, (optimizer, rule, power) in zip(axes, kinds):
+        made, axes = figure(2, 3)
+        for axis, (optimizer, rule, power, first), mine in zip(axes, kinds, of_kind):
             for density in sorted({r["density"] for r in rows}, reverse=True):
                 for step, alpha in ((1, 0.35), (4, 1.0)):
-                    points = [(r["width"], r[key]) for r in rows if (r["optimizer"], r["rule"], r["power"], r["density"], r["step"]) ==
-                              (optimizer, rule, power, density, step)]
-                    axis.plot(*zip(*sorted(points)), marker=".", alpha=alpha, color=f"C{round(-math.log2(density))}",
+                    points = sorted((r["width"], r[key]) for r in mine if (r["density"], r["step"]) == (density, step))
+                    axis.plot(*zip(*points), marker=".", alpha=alpha, color=f"C{round(-math.log2(density))}",
                               label=f"1/{round(1 / density)}" if step == 4 else None)
-            axis.set(xscale="log", yscale="log", xlabel="width", ylabel=ylabel,
-                     title=f"{optimizer}, {rule if optimizer == 'adam' else f'rate x density^-{power:g}'}")
+            title = rule if optimizer == "adam" else f"rate x density^-{power:g}{', gradient masked' if first == 'True' else ''}"
+            axis.set(xscale="log", yscale="log", xlabel="width", ylabel=ylabel, title=f"{optimizer}, {title}")
         axes[0].legend(title="density; pale: update 1, full: 4", fontsize=7)
         save(made, f"supar_check_{key}.png")
-    print("RMS output change by the updates, relative to dense at the same width, where a neuron keeps >= 64 weights; slope of log over log density")
-    for optimizer, rule, power in kinds:
-        for step in (1, 4):
-            picked = {(r["width"], r["density"]): r for r in rows if (r["optimizer"], r["rule"], r["power"], r["step"]) == (optimizer, rule, power, step)}
-            for key in ("added", "change"):
-                ratios = {at: r[key] / picked[at[0], 1.0][key] for at, r in picked.items() if at[0] * at[1] >= 64 and at[1] < 1}
-                slopes = [math.log(q) / math.log(at[1]) for at, q in ratios.items()]
-                print(f"{optimizer} {rule:8} power {power:g} step {step} {key:6}: {min(ratios.values()):.2f} .. {max(ratios.values()):.2f}, "
-                      f"slope {sum(slopes) / len(slopes):+.2f}   {({f'{int(w)}/{round(1 / d)}': round(q, 2) for (w, d), q in ratios.items()})}")
+    print("Output sizes against dense at the same width, where a neuron keeps >= 64 weights: lowest .. highest, mean slope of log size over log density")
+    for (optimizer, rule, power, first), mine in zip(kinds, of_kind):
+        for step, key in itertools.product((1, 4, 10), ("activation", "added", "change")):
+            size = {(r["width"], r["density"]): r[key] for r in mine if r["step"] == step}
+            ratios = {(w, d): s / size[w, 1.0] for (w, d), s in size.items() if w * d >= 64 and d < 1}
+            slopes = [math.log(ratio) / math.log(d) for (_, d), ratio in ratios.items()]
+            verdict.append(dict(optimizer=optimizer, rule=rule, power=power, mask_first=first, step=step, what=key, lowest=min(ratios.values()),
+                                highest=max(ratios.values()), slope=mean_std(slopes)[0], slope_std=mean_std(slopes)[1], n=len(slopes)))
+            print("{optimizer} {rule:8} power {power:g} masked first {mask_first:5} step {step:2} {what:10} {lowest:.2f} .. {highest:.2f}  slope {slope:+.2f} "
+                  "± {slope_std:.2f} (n={n})".format(**verdict[-1]))
+    write_csv("supar_check_summary.csv", verdict)
 
 
 def main(argv=None) -> int:

@@ -11,11 +11,12 @@ beyond its kernels is `gaps`: waiting for the host. On a CPU the profiler slows 
 come out below zero and only the proportions count.
 
 Floors: matmul and attention, counted operations over the matmul ceiling; all else, the fewest bytes over the copy
-ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66 numbers of width n_embd, each read or
-written once in the activations' type, and the logits three times.
+ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66 numbers of width n_embd, each
+read or written once in the activations' type, and the logits three times.
 
 --trainer FILE profiles another train_gpt.py. Exit code 0: done; 2: misuse.
 """
+
 import argparse
 import importlib.util
 import json
@@ -37,9 +38,14 @@ CLASSES = (
     ("attention", r"flash|fmha|flex_attention|sdpa|attention|mha_"),
     ("copies", r"memcpy|memset|direct_copy|aten::copy_|aten::fill_|aten::zero_|aten::clone"),
     ("communication", r"nccl"),
-    ("matmul", r"gemm|nvjet|cutlass|cublas|xmma|wgmma|splitk|scaled_mm|triton_tem|aten::(addmm|mm|bmm|baddbmm|linear|matmul)"),
+    (
+        "matmul",
+        r"gemm|nvjet|cutlass|cublas|xmma|wgmma|splitk|scaled_mm|triton_tem|aten::(addmm|mm|bmm|baddbmm|linear|matmul)",
+    ),
 )
-ANNOTATION = re.compile(r"^## |Torch-Compiled|CompiledF|ProfilerStep|Optimizer\.|cudaStream|^Command Buffer")  # spans of kernels, not kernels
+ANNOTATION = re.compile(
+    r"^## |Torch-Compiled|CompiledF|ProfilerStep|Optimizer\.|cudaStream|^Command Buffer"
+)  # spans of kernels, not kernels
 ORDER = ("matmul", "attention", "elementwise", "optimizer", "copies", "communication", "gaps")
 
 
@@ -47,7 +53,8 @@ def class_of(name: str) -> str:
     return next((label for label, pattern in CLASSES if re.search(pattern, name, re.I)), "elementwise")
 
 
-# --------------------------------------------------------------------------------------------------------------- ceilings
+# ------------------------------------------------------------------------------------------------------------- ceilings
+
 
 def synchronize(device):
     if device.type == "cuda":
@@ -76,10 +83,15 @@ def ceilings(device: torch.device) -> dict:
     source = torch.randn((1 << 30) if cuda else (1 << 23), device=device)
     target = torch.empty_like(source)
     copy = median_seconds(lambda: target.copy_(source), device, 3, 10)
-    return dict(matmul_flops=2 * n**3 / matmul, copy_bytes=2 * source.nbytes / copy, matmul=f"{n}x{n}x{n} {dtype}".replace("torch.", ""))
+    return dict(
+        matmul_flops=2 * n**3 / matmul,
+        copy_bytes=2 * source.nbytes / copy,
+        matmul=f"{n}x{n}x{n} {dtype}".replace("torch.", ""),
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- profile
+# -------------------------------------------------------------------------------------------------------------- profile
+
 
 def load(path: Path):
     """A trainer as a module. Raises BadInput where there is none."""
@@ -115,6 +127,7 @@ def make_step(trainer, flags: list[str]):
 def kernels(function, device, runs: int) -> dict[str, list]:
     """{kernel's name: [milliseconds per run, calls per run]}."""
     from torch.profiler import ProfilerActivity, profile
+
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiled:
         for _ in range(runs):
@@ -124,7 +137,10 @@ def kernels(function, device, runs: int) -> dict[str, list]:
     for event in profiled.key_averages():
         if device.type == "cuda":
             wanted = event.device_type == torch.autograd.DeviceType.CUDA and not ANNOTATION.search(event.key)
-            wanted, microseconds = wanted and not getattr(event, "is_user_annotation", False), event.self_device_time_total
+            wanted, microseconds = (
+                wanted and not getattr(event, "is_user_annotation", False),
+                event.self_device_time_total,
+            )
         else:
             wanted, microseconds = True, event.self_cpu_time_total
         if wanted and microseconds > 0:
@@ -147,9 +163,12 @@ def floors(run, trainer, limits: dict) -> dict[str, float]:
         if optimizer.weights.ndim == 3 and "momentum" in optimizer.state:
             n, (short, long) = len(optimizer.weights), sorted(optimizer.weights.shape[1:])
             newton += 5 * n * (4 * short * short * long + 2 * short**3)
-    return dict(matmul=1000 * 6 * weights * tokens / limits["matmul_flops"], attention=1000 * attention * tokens / limits["matmul_flops"],
-                elementwise=1000 * activations / limits["copy_bytes"],
-                optimizer=1000 * (update_bytes / limits["copy_bytes"] + newton / limits["matmul_flops"]))
+    return dict(
+        matmul=1000 * 6 * weights * tokens / limits["matmul_flops"],
+        attention=1000 * attention * tokens / limits["matmul_flops"],
+        elementwise=1000 * activations / limits["copy_bytes"],
+        optimizer=1000 * (update_bytes / limits["copy_bytes"] + newton / limits["matmul_flops"]),
+    )
 
 
 def measure(trainer, flags: list[str], steps: int) -> dict:
@@ -172,7 +191,10 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         times.append(1000 * (time.perf_counter() - begun))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
     step_ms, low = statistics.median(times), floors(run, trainer, limits)
-    halves = {"forward and backward": kernels(forward_backward, device, steps), "update": kernels(update, device, steps)}
+    halves = {
+        "forward and backward": kernels(forward_backward, device, steps),
+        "update": kernels(update, device, steps),
+    }
     spent = dict.fromkeys(ORDER, 0.0)
     calls = dict.fromkeys(ORDER, 0.0)
     for half, found in halves.items():
@@ -181,37 +203,88 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
             spent[label] += ms
             calls[label] += count
     spent["gaps"] = step_ms - sum(spent.values())
-    rows = {name: dict(ms=spent[name], share=spent[name] / step_ms, calls=calls[name], floor_ms=low.get(name),
-                       over_floor=spent[name] / low[name] if low.get(name) else None) for name in ORDER}
-    top = sorted(((ms, count, half, name) for half, found in halves.items() for name, (ms, count) in found.items()), reverse=True)[:25]
+    rows = {
+        name: dict(
+            ms=spent[name],
+            share=spent[name] / step_ms,
+            calls=calls[name],
+            floor_ms=low.get(name),
+            over_floor=spent[name] / low[name] if low.get(name) else None,
+        )
+        for name in ORDER
+    }
+    top = sorted(
+        ((ms, count, half, name) for half, found in halves.items() for name, (ms, count) in found.items()), reverse=True
+    )[:25]
     rate = config.batch_tokens / step_ms * 1000
-    return dict(device=trainer.device_name(device), torch=torch.__version__, flags=flags, micro_batch=micro, steps=steps, step_ms=step_ms,
-                step_ms_all=times, tokens_per_second=rate, mfu_of_measured=rate * trainer.flops_per_token(config) / limits["matmul_flops"],
-                peak_memory_bytes=peak, ceilings=limits, classes=rows, floor_ms=sum(low.values()),
-                top=[dict(ms=ms, calls=count, half=half, kernel=name[:160]) for ms, count, half, name in top])
+    return dict(
+        device=trainer.device_name(device),
+        torch=torch.__version__,
+        flags=flags,
+        micro_batch=micro,
+        steps=steps,
+        step_ms=step_ms,
+        step_ms_all=times,
+        tokens_per_second=rate,
+        mfu_of_measured=rate * trainer.flops_per_token(config) / limits["matmul_flops"],
+        peak_memory_bytes=peak,
+        ceilings=limits,
+        classes=rows,
+        floor_ms=sum(low.values()),
+        top=[dict(ms=ms, calls=count, half=half, kernel=name[:160]) for ms, count, half, name in top],
+    )
 
 
 def table(result: dict) -> str:
     limits = result["ceilings"]
-    lines = [f"{result['device']}, torch {result['torch']}, micro-batch {result['micro_batch']} rows: step {result['step_ms']:.1f} ms, "
-             f"{result['tokens_per_second']:,.0f} tokens/s, {result['mfu_of_measured']:.1%} of the measured matmul rate",
-             f"ceilings: {limits['matmul_flops'] / 1e12:.2f} TFLOP/s ({limits['matmul']}), {limits['copy_bytes'] / 1e9:.0f} GB/s", "",
-             "| class | ms | share | kernels | floor, ms | times its floor |", "|---|---|---|---|---|---|"]
+    lines = [
+        f"{result['device']}, torch {result['torch']}, micro-batch {result['micro_batch']} rows: "
+        f"step {result['step_ms']:.1f} ms, "
+        f"{result['tokens_per_second']:,.0f} tokens/s, {result['mfu_of_measured']:.1%} of the measured matmul rate",
+        f"ceilings: {limits['matmul_flops'] / 1e12:.2f} TFLOP/s ({limits['matmul']}), "
+        f"{limits['copy_bytes'] / 1e9:.0f} GB/s",
+        "",
+        "| class | ms | share | kernels | floor, ms | times its floor |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, row in result["classes"].items():
-        floor, over = (f"{row[key]:{form}}" if row[key] is not None else "" for key, form in (("floor_ms", ".2f"), ("over_floor", ".1f")))
+        floor, over = (
+            f"{row[key]:{form}}" if row[key] is not None else ""
+            for key, form in (("floor_ms", ".2f"), ("over_floor", ".1f"))
+        )
         lines.append(f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | {over} |")
-    lines += [f"| **step** | {result['step_ms']:.2f} | | | {result['floor_ms']:.2f} | {result['step_ms'] / result['floor_ms']:.1f} |", "",
-              "| ms | calls | half | kernel |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {row['ms']:.3f} | {row['calls']:.0f} | {row['half']} | `{row['kernel'][:100]}` |" for row in result["top"][:15]])
+    lines += [
+        f"| **step** | {result['step_ms']:.2f} | | | {result['floor_ms']:.2f} | "
+        f"{result['step_ms'] / result['floor_ms']:.1f} |",
+        "",
+        "| ms | calls | half | kernel |",
+        "|---|---|---|---|",
+    ]
+    return "\n".join(
+        lines
+        + [
+            f"| {row['ms']:.3f} | {row['calls']:.0f} | {row['half']} | `{row['kernel'][:100]}` |"
+            for row in result["top"][:15]
+        ]
+    )
 
 
 def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser(prog="profile_step.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-                    usage="profile_step.py [options] [-- flags for train_gpt.py]")
-    parser.add_argument("--steps", type=number_in(int, 1), default=5, metavar="N", help="steps that are timed, and profiled (5)")
-    parser.add_argument("--trainer", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="the trainer (this repository's)")
+    parser = Parser(
+        prog="profile_step.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        usage="profile_step.py [options] [-- flags for train_gpt.py]",
+    )
+    parser.add_argument(
+        "--steps", type=number_in(int, 1), default=5, metavar="N", help="steps that are timed, and profiled (5)"
+    )
+    parser.add_argument(
+        "--trainer", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="the trainer (this repository's)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
     parser.add_argument("--ceilings", action="store_true", help="only measure the machine, and print JSON")
     try:
@@ -221,7 +294,7 @@ def main(argv=None) -> int:
             return 0
         trainer = load(args.trainer)
         try:
-            result = measure(trainer, argv[cut + 1:], args.steps)
+            result = measure(trainer, argv[cut + 1 :], args.steps)
         except trainer.UserError as error:
             raise BadInput(str(error)) from None
         if args.json:
