@@ -270,7 +270,7 @@ def brief(error) -> str:
 
 def tell_failure(runtime: Runtime | None, rank: int, message: str, code: int):
     """One line, from the first rank to fail; also into $SPEEDRUN_ERROR_FILE, for a script that started us."""
-    line, first = f"train_gpt.py: {brief(message)}", rank == 0
+    line, first = f"train_gpt.py: {brief(message)}", not int(os.environ.get("LOCAL_RANK") or 0)
     if runtime and runtime.store:
         with contextlib.suppress(RuntimeError, OSError):  # no store left to ask
             first = runtime.store.compare_set("first to fail", "", str(rank)).decode() == str(rank)
@@ -332,6 +332,7 @@ class Shards:
                 except (OSError, ValueError, KeyError, AttributeError, TypeError):
                     raise UserError(f"{manifest}: cannot be read; delete it, then fetch or prepare the shards again") from None
             refuse(digest.hexdigest() != recorded, f"{path}: not the shard that manifest.json records (sha256); fetch or prepare it again")
+            refuse(name in digests, f"{path}: another shard of this run has the same file name; rename one")
             digests[name] = recorded
         return digests
 
@@ -557,8 +558,8 @@ class Optimizer:
         return self.state[name] if name in self.state else torch.zeros_like(like, dtype=torch.float32)
     def write(self, name: str, moment: Tensor): self.state[name] = moment
     def gather_state(self) -> dict:
-        """{parameter: {"steps": n, state name: its rows}}, whole, on the CPU of every rank."""
-        whole = {param: {"steps": self.steps} for param in self.named}
+        """{parameter: {"rule": class name, "steps": n, state name: its rows}}, whole, on the CPU of every rank."""
+        whole = {param: {"rule": type(self).__name__, "steps": self.steps} for param in self.named}
         for name, own in self.state.items():
             own = own.contiguous()
             shards = [torch.empty_like(own) for _ in range(self.shards)] if self.shards > 1 else [own]
@@ -567,10 +568,11 @@ class Optimizer:
             for param, span in self.spans.items(): whole[param][name] = rows[span].clone()
         return whole
     def load_state(self, whole: dict):
-        """Inverse of gather_state, for any number of ranks. Errors: KeyError for a parameter that is not there."""
-        first = whole[next(iter(self.named))]
-        self.steps = first["steps"]
-        self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in first if name != "steps"}
+        """Inverse of gather_state, for any number of ranks. Errors: KeyError for a parameter that is not there, or of another rule."""
+        first, name = whole[next(iter(self.named))], type(self).__name__
+        if first["rule"] != name: raise KeyError(f"{next(iter(self.named))} was trained by {first['rule']}, not by {name}")
+        self.steps, names = first["steps"], first.keys() - {"rule", "steps"}
+        self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in sorted(names)}
 
 def adam_update(g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float, bias1: Tensor, bias2: Tensor) -> Tensor:
     """Adam, arXiv 1412.6980; bias: 1 - beta ** steps. Changes the moments m and v in place."""
