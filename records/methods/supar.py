@@ -1,7 +1,7 @@
 """SuPar study: does one learning rate hold for all widths and densities, and which rule does Muon need?
 
-    python records/methods/supar.py            about 20 minutes on two cores; writes supar_*.csv and supar_*.png
-    python records/methods/supar.py --check    only the coordinate check, 4 minutes
+    python records/methods/supar.py                 about 15 minutes on two cores; writes supar_*.csv and supar_*.png
+    python records/methods/supar.py --part check    only the coordinate check (or sweep: only the rates), 5 minutes
 
 standard: the masks alone. muP: and the rules for width. SuPar: and the rules for density. All share masks and data.
 """
@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import SMALL, arguments, build, data, figure, in_parallel, mean_std, read_csv, save, tg, train, write_csv  # noqa: E402
 
-WIDTHS, DENSITIES, BASE, RULES = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar")
+WIDTHS, DENSITIES, BASE, RULES, STEPS = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar"), 40
 MUON = ((0.0, True), (0.0, False), (tg.SuPar.MUON_POWER, False))  # (exponent of 1 / density in the rate, gradient masked before, too?)
 RATES = {"adam": [2.0**-n for n in range(9, 3, -1)], "muon": [0.04 * 4.0**n for n in (-2, -1, 0, 1)]}
 
@@ -50,7 +50,7 @@ def rules(name: str, power: float = tg.SuPar.MUON_POWER, mask_first: bool = Fals
 
 
 def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config:
-    return dataclasses.replace(SMALL, n_layer=2, n_embd=width, n_head=width // 32, batch_tokens=1024, warmup=5, sparsity=1 - density,
+    return dataclasses.replace(SMALL, n_layer=2, n_embd=width, n_head=width // 32, batch_tokens=1024, val_tokens=16384, warmup=5, sparsity=1 - density,
                                mup_base_width=BASE, matrix_optimizer=optimizer, **fields)
 
 
@@ -70,7 +70,7 @@ def sweep_tasks() -> list[dict]:
         same_rule = density == 1 and rule == "SuPar" or width == BASE and rule == "muP"
         if same_rule or optimizer == "muon" and (rule == "muP" and density < 1 or width == 256):
             continue
-        tasks += [dict(optimizer=optimizer, width=width, density=density, rule=rule, lr=lr, seed=seed, steps=50)
+        tasks += [dict(optimizer=optimizer, width=width, density=density, rule=rule, lr=lr, seed=seed, steps=STEPS)
                   for lr in RATES[optimizer] for seed in range(2 if width == BASE else 1)]
     return sorted(tasks, key=lambda t: -t["width"])
 
@@ -113,7 +113,7 @@ def report_sweep():
                               color=f"C{WIDTHS.index(width)}", label=f"{width}, 1/{round(1 / density)}")
                 lr, loss, std = best_rate(points)
                 best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, val_loss=loss, std=std, n=points[0][3]))
-            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel="val loss after 50 updates", ylim=(2.0, 3.6))
+            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel=f"val loss after {STEPS} updates", ylim=(2.0, 3.6))
         axes[-1].legend(title="width, density", fontsize=7)
         save(made, f"supar_lr_{optimizer}.png")
     write_csv("supar_best.csv", best)
@@ -206,12 +206,13 @@ def report_check():
 
 def main(argv=None) -> int:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="the coordinate check only")
+    parser.add_argument("--part", choices=("check", "sweep"), help="only the coordinate check, or only the sweep of rates")
     flags = parser.parse_args(argv)
-    if not flags.plot_only:
-        write_csv("supar_check.csv", [row for rows in in_parallel(check_run, check_tasks(), flags.processes) for row in rows])
-    report_check()
-    if not flags.check:
+    if flags.part != "sweep":
+        if not flags.plot_only:
+            write_csv("supar_check.csv", [row for rows in in_parallel(check_run, check_tasks(), flags.processes) for row in rows])
+        report_check()
+    if flags.part != "check":
         if not flags.plot_only:
             write_csv("supar_sweep.csv", in_parallel(sweep_run, sweep_tasks(), flags.processes))
         report_sweep()
