@@ -177,7 +177,7 @@ def check_tasks() -> list[dict]:
 
 def report_check():
     rows, verdict = read_csv("supar_check.csv"), []
-    kinds = [("adam", rule, 0.0, "False") for rule in RULES] + [("muon", "SuPar", power, str(first)) for power, first in MUON]
+    kinds = [("adam", rule, 0.0, "False") for rule in RULES] + sorted({("muon", "SuPar", r["power"], r["mask_first"]) for r in rows if r["optimizer"] == "muon"}, reverse=True)
     of_kind = [[r for r in rows if (r["optimizer"], r["rule"], r["power"], r["mask_first"]) == kind] for kind in kinds]
     for key, ylabel in (("activation", "mean |output|"), ("added", "RMS of (W - W at init) x")):
         made, axes = figure(2, 3)
