@@ -1311,6 +1311,7 @@ def main(argv: list[str] | None = None) -> int:
             if thread.name == "watch_peers": thread.join(timeout=5)  # it must not use the store while that is torn down
         if code:  # peers may never answer again, so no farewell: the launcher ends them
             sys.stdout.flush()
+            time.sleep(2)  # the store may live in this process: let the others read from it what went wrong
             os._exit(code)
         dist.destroy_process_group()
     return code

@@ -16,7 +16,6 @@ Writes the shards' tokens to NANOGPT/data/laptop_bytes, and everything else to a
 beyond requirements.txt. Exit code 0: measured; 1: a run failed; 2: misuse; 130: interrupted.
 """
 import argparse
-import json
 import pickle
 import re
 import statistics

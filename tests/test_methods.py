@@ -642,9 +642,7 @@ def test_supar_keeps_activations_at_init(width, density):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["relora", "galore", "lawa", "supar"])
-def test_compiled_equals_eager(name, request):
-    if "slow" not in (request.config.getoption("-m") or ""):
-        pytest.skip("compiles for half a minute: pytest -m slow")
+def test_compiled_equals_eager(name):
     eager, compiled = build(**METHODS[name]), build(compile=True, **METHODS[name])
     forward = torch.compile(compiled.model)
     for _ in range(6):  # losses, not weights: Adam's first steps are signs of gradients, some of them rounding errors
