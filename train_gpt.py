@@ -280,24 +280,21 @@ def tell_failure(runtime: Runtime | None, rank: int, message: str, code: int):
 
 # ------------------------------------------------------------------------------------------------------------------ Data
 class Shards:
-    """The token shards that match a glob, by name, as one stream. Format of llm.c: 256 int32 of header, then uint16 tokens.
-    Reads with pread instead of a memory map: a shard cut short during the run is then an error message, not a SIGBUS."""
+    """The token shards that match a glob, by name, memory-mapped, as one stream. Format of llm.c: 256 int32 of header, then uint16
+    tokens. A shard that changes during the run is refused before it is read: reading past the end of a map kills a process."""
     def __init__(self, pattern: str, flag: str):
-        self.pattern, self.paths, self.fds, self.stats, counts = pattern, sorted(glob.glob(pattern)), [], [], []
+        self.pattern, self.paths, self.maps = pattern, sorted(glob.glob(pattern)), []
         refuse(not self.paths, f"--{flag} {pattern}: no such files. ./run.sh fetches or builds them; data/prepare.py makes your own")
         for path in self.paths:
             try:
-                self.fds.append(os.open(path, os.O_RDONLY))
-                magic, version, promised = np.frombuffer(os.pread(self.fds[-1], 1024, 0), dtype="<i4")[:3].tolist()
-                self.stats.append(self.stat(path))
+                self.maps.append(np.memmap(path, "<u2", "r"))
+                magic, version, promised = self.maps[-1][:6].view("<i4").tolist()
             except (OSError, ValueError) as error:
                 raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
-            count = (os.fstat(self.fds[-1]).st_size - 1024) // 2
-            known = (magic, version) == (20240520, 1)
+            count, known = len(self.maps[-1]) - 512, (magic, version) == (20240520, 1)
             why = f"its header promises {promised} tokens, it holds {count}" if known else "wrong magic number or version"
             refuse(not known or promised != count or count < 1, f"{path}: not a whole token shard ({why}); fetch or prepare it again")
-            counts.append(count)
-        self.ends = np.cumsum(counts)  # of each shard in the stream
+        self.stats, self.ends = [self.stat(path) for path in self.paths], np.cumsum([len(tokens) - 512 for tokens in self.maps])
     @staticmethod
     def stat(path: str):
         found = os.stat(path) if os.path.exists(path) else None
@@ -307,11 +304,9 @@ class Shards:
         """Tokens [start, start + count) of the stream, uint16. Errors: UserError when a shard has changed since the start."""
         parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
         while count:
-            left, path, stat = int(self.ends[shard]) - start, self.paths[shard], self.stats[shard]
-            data, whole = os.pread(self.fds[shard], 2 * min(count, left), stat[1] - 2 * left), 2 * min(count, left)
-            changed = len(data) != whole or self.stat(path) != stat
-            refuse(changed, f"{path}: the shard changed during the run; stopped before training on it")
-            parts.append(np.frombuffer(data, dtype="<u2"))
+            path, at = self.paths[shard], start - int(self.ends[shard])  # from the shard's end
+            refuse(self.stat(path) != self.stats[shard], f"{path}: the shard changed during the run; stopped before training on it")
+            parts.append(self.maps[shard][at : min(at + count, 0) or None])
             start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
         return np.concatenate(parts)
     def verify(self, tokens: int, vocab_size: int) -> dict[str, str]:
@@ -319,19 +314,16 @@ class Shards:
         digests, shards = {}, math.ceil(tokens * len(self.paths) / len(self))
         refuse(tokens > len(self), f"{self.pattern} holds {len(self):,} tokens, the run needs {tokens:,}: about {shards} such shards "
                                    f"(python data/fineweb.py {shards}), or --epochs_allowed")
-        for path, fd in zip(self.paths[: np.searchsorted(self.ends, tokens) + 1], self.fds):
-            digest, at = hashlib.sha256(os.pread(fd, 1024, 0)), 1024
-            while chunk := os.pread(fd, 1 << 24, at):
-                digest.update(chunk)
-                at, worst = at + len(chunk), int(np.frombuffer(chunk, dtype="<u2").max())
-                refuse(worst >= vocab_size, f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; wrong data for this preset?")
-            name, manifest, recorded = os.path.basename(path), Path(path).with_name("manifest.json"), digest.hexdigest()
+        for path, whole in zip(self.paths[: np.searchsorted(self.ends, tokens) + 1], self.maps):
+            worst, digest = int(whole[512:].max()), hashlib.sha256(whole).hexdigest()
+            refuse(worst >= vocab_size, f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; wrong data for this preset?")
+            name, manifest, recorded = os.path.basename(path), Path(path).with_name("manifest.json"), digest
             if manifest.exists():
                 try:
                     recorded = json.loads(manifest.read_text())["files"].get(name, {}).get("sha256", recorded)
                 except (OSError, ValueError, KeyError, AttributeError, TypeError):
                     raise UserError(f"{manifest}: cannot be read; delete it, then fetch or prepare the shards again") from None
-            refuse(digest.hexdigest() != recorded, f"{path}: not the shard that manifest.json records (sha256); fetch or prepare it again")
+            refuse(digest != recorded, f"{path}: not the shard that manifest.json records (sha256); fetch or prepare it again")
             refuse(name in digests, f"{path}: another shard of this run has the same file name; rename one")
             digests[name] = recorded
         return digests
@@ -796,7 +788,8 @@ class LAWA(Method):
         self.window = (same_model + [{name: t.to(self.place) for name, t in weights.items()}])[-c.lawa:]
         if c.lawa_mode == "replace" and len(self.window) == c.lawa: self.put(run.model, self.mean())
     def mean(self) -> dict[str, Tensor]:
-        return {name: sum(weights[name].double() for weights in self.window) / len(self.window) for name in self.window[0]}
+        mean = {name: sum(weights[name].double() for weights in self.window) / len(self.window) for name in self.window[0]}
+        return mean | {name: t for name, t in self.window[-1].items() if name.endswith(".A")}  # drawn anew at a merge, so not averaged
     def put(self, model: GPT, weights: dict[str, Tensor]):
         for name, p in model.named_parameters(): p.data.copy_(weights[name])
     @contextlib.contextmanager
@@ -850,7 +843,9 @@ def resolve(config: Config, device: torch.device) -> Config:
         interval = c.relora_interval or max(1, (c.steps - start) // 4)
         new |= dict(relora_alpha=c.relora_alpha or c.relora / 4, relora_warm_start=start, relora_interval=interval,
                     relora_rewarm=c.relora_rewarm or max(1, interval // 10))
-    if c.lawa: new["lawa_interval"] = c.lawa_interval or max(1, c.steps // 100)
+    if c.lawa:
+        new["lawa_interval"] = every = c.lawa_interval or max(1, c.steps // 100)
+        refuse(c.lawa * every > c.steps, f"--lawa {c.lawa}: snapshots every {every} of {c.steps} steps never fill the window; lower one of them")
     return dataclasses.replace(c, **new)
 
 def lr_at(step: int, config: Config) -> float:
