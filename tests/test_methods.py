@@ -545,6 +545,24 @@ def test_lawa_averages_merged_adapters():
             torch.testing.assert_close(layer.merged().double(), (kept[7][name] + kept[8][name]) / 2, rtol=1e-5, atol=1e-6)
 
 
+def test_lawa_replace_keeps_the_newest_adapters():
+    """A is drawn anew at every merge: the mean of two draws is neither. W is the mean of the merged ones, B zero."""
+    run = advance(build(lawa=2, lawa_interval=1, lawa_mode="replace", **METHODS["relora"]), 5)
+    relora, lawa = run.methods
+    for _ in range(4):  # a merge among them
+        advance(run, 1, hooks=False)
+        relora.after_step(run.step, run)
+        drawn = {name: layer.A.clone() for name, layer in adapters(run).items()}
+        lawa.after_step(run.step, run)
+        for name, layer in adapters(run).items():
+            assert torch.equal(layer.A, drawn[name]) and not layer.B.any()
+
+
+def test_lawa_refuses_a_window_that_never_fills():
+    with pytest.raises(tg.UserError, match="never fill the window"):
+        tg.resolve(dataclasses.replace(TINY, steps=24, lawa=5, lawa_interval=5), ALONE.device)
+
+
 # ------------------------------------------------------------------------------------------------------------------ SuPar
 
 def hidden(run: tg.Run) -> dict[str, torch.Tensor]:
