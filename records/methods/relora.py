@@ -1,6 +1,6 @@
 """ReLoRA study: full-rank, LoRA and ReLoRA at equal steps, the parts of a restart one by one, and the rank of what was learned.
 
-    python records/methods/relora.py     about 5 minutes on two cores; writes relora*.csv and relora.png
+    python records/methods/relora.py     about 10 minutes on two cores; writes relora*.csv and relora.png
 
 All matrices train with Adam, so that adapters and weights differ in nothing but their rank. Each of full, LoRA and
 ReLoRA gets the best of four rates (seed 0), then runs with seeds 1 to 3. Without a warm start, as in the paper's

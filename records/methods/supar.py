@@ -16,9 +16,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import SMALL, arguments, build, data, figure, in_parallel, mean_std, read_csv, save, tg, train, write_csv  # noqa: E402
 
-WIDTHS, DENSITIES, BASE, RULES, STEPS = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar"), 40
+WIDTHS, DENSITIES, BASE, RULES, STEPS = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar"), 60
 MUON = ((0.0, True), (0.0, False), (tg.SuPar.MUON_POWER, False))  # (exponent of 1 / density in the rate, gradient masked before, too?)
-RATES = {"adam": [2.0**-n for n in range(9, 3, -1)], "muon": [0.04 * 4.0**n for n in (-2, -1, 0, 1)]}
+RATES = {"adam": [2.0**-n for n in range(12, 5, -1)], "muon": [0.02 * 2.0**n for n in range(6)]}
 
 
 class Rules(tg.SuPar):
