@@ -172,7 +172,7 @@ PRESETS = {
     "gpt2_medium": dict(n_layer=24, n_head=8, n_embd=1024, steps=6000, target=2.92),
     "gpt2_xl": dict(n_layer=48, n_head=25, n_embd=1600, steps=10000, target=2.8),
     "laptop": dict(train_files="data/laptop/laptop_train_*.bin", val_files="data/laptop/laptop_val_*.bin", vocab_size=257, n_layer=4,
-                   n_head=2, n_embd=128, batch_tokens=4096, seq_len=256, val_tokens=262144, val_every=50, steps=300, target=1.24,
+                   n_head=2, n_embd=128, batch_tokens=4096, seq_len=256, val_tokens=262144, val_every=50, steps=260, target=1.26,
                    spread_rows=True, lr_muon=0.04, lr_head=0.008, cooldown=0.6, momentum_warmup=60, bf16=False),
 }
 PRESETS = {name: Config(preset=name, **fields) for name, fields in PRESETS.items()}
