@@ -3,7 +3,7 @@
     ./run.sh                                    any machine: sets up, gets the data, picks the preset
     torchrun --nproc_per_node=8 train_gpt.py    8 GPUs;     python train_gpt.py --help    every flag
 
-The whole trainer is this file, at most 1,320 lines (a test counts). From top to bottom:
+The whole trainer is this file, at most 1,340 lines (a test counts). From top to bottom:
 
     Config         every setting is a typed field, a --flag and a part of the log; PRESETS are instances of it
     Runtime        which process this is, how processes agree, how one failure is told to all
@@ -72,6 +72,8 @@ class Config:
     embed_residual: bool = True  # mix the normed embedding into every block's input
     untie_head: bool = True  # lm_head has weights of its own
     zero_init: bool = True  # lm_head, o and down start at zero
+    ngram: int = 0  # embeddings of the last 2, 3, ... this many tokens are added to the token's; 0: off
+    ngram_rows: int = 4096  # of each table of such embeddings; n-grams share rows by hash
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     qk_norm: bool = True  # RMSNorm on queries and keys
     bf16: bool = True  # activations and wte in bfloat16, other weights cast at use
@@ -142,6 +144,7 @@ class Config:
         refuse(not self.window_pattern or set(self.window_pattern) - set("SL"),
                f"--window_pattern {self.window_pattern}: letters S and L only")
         refuse(("S" in self.window_pattern) != bool(self.window), "--window TOKENS and an S in --window_pattern need each other")
+        refuse(self.ngram == 1, "--ngram 1 would be the token's own embedding again: give 0 (off), or 2 and up")
         refuse(self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
         refuse(self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)")
         on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
@@ -161,9 +164,9 @@ class Config:
 
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
-BELOW = dict(momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
+BELOW = dict(ngram=8, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
 POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
-            "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
+            "ngram_rows", "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
              "resume_anyway", "rank_timeout", "generate", "checkpoint", "generate_tokens", "temperature"}  # not part of what is trained
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
@@ -402,6 +405,15 @@ class Linear(nn.Module):
         w = self.weight.to(x.dtype)
         return x @ w if self.transposed else F.linear(x, w)
 
+def ngram_hashes(tokens: Tensor, config: Config) -> list[Tensor]:
+    """Table rows [B, T] of the last 2, 3, ... `ngram` tokens; all before the row or the document counts as a document's mark."""
+    mark, back, value, found = config.vocab_size - 1, tokens, tokens, []
+    for _ in range(config.ngram - 1):
+        back = torch.where(back == mark, mark, F.pad(back[:, :-1], (1, 0), value=mark))  # one token further back
+        value = (value * 65599 + back) % 2**31
+        found.append((value * 0x9E3779B1 >> 20) % config.ngram_rows)  # Fibonacci hashing: all bits count
+    return found
+
 class Rotary(nn.Module):
     """Rotary position embedding of [B, H, T, head_dim] (arXiv 2104.09864); rotates halves, not neighbours."""
     def __init__(self, head_dim: int, seq_len: int):
@@ -454,13 +466,16 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.windows, self.dtype = config, layer_windows(config), torch.bfloat16 if config.bf16 else torch.float32
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd, dtype=self.dtype if config.untie_head else torch.float32)
+        self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd, dtype=self.dtype) for _ in range(config.ngram - 1))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.padded_vocab)
         if not config.untie_head: self.lm_head.weight = self.wte.weight
     def size(self) -> int: return sum(p.numel() for p in self.parameters())
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         masks = {window: attention_mask(tokens, window, self.config) for window in set(self.windows)}
-        x = x0 = norm(self.wte(tokens).to(self.dtype))  # [B, T, D]
+        x = self.wte(tokens).to(self.dtype)  # [B, T, D]
+        for table, rows in zip(self.ngrams, ngram_hashes(tokens, self.config)): x = x + table(rows)  # hashed bigrams: record of 1.65 min
+        x = x0 = norm(x)
         v1 = None
         for block, window in zip(self.blocks, self.windows): x, v1 = block(x, v1, x0, masks[window])
         logits = self.lm_head(norm(x)).float()
@@ -486,7 +501,7 @@ def init_weights(model: GPT, config: Config):
         if kind in constant: p.copy_(constant[kind])
         elif kind == "wte":  # tied, it makes the logits too: then GPT-2's small scale
             p.copy_(torch.randn(p.shape, generator=seeded(config.seed, name)) * (1.0 if config.untie_head else 0.02))
-        elif zero[kind]: p.zero_()
+        elif name.startswith("ngrams") or zero[kind]: p.zero_()
         else: uniform(p, p.size(0) if kind == "down" else p.size(1), config.seed, name)
 
 def flops_per_token(config: Config) -> float:
@@ -609,8 +624,8 @@ def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods:
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape."""
     wte, head, scalars, matrices = {}, {}, {}, {}
     for name, p in model.named_parameters():
-        hidden = matrices if name.startswith("blocks.") and p.ndim == 2 else scalars
-        (head if p is model.lm_head.weight else wte if p is model.wte.weight else hidden)[name] = p
+        hidden, embedding = matrices if name.startswith("blocks.") and p.ndim == 2 else scalars, name.startswith(("wte", "ngrams"))
+        (head if p is model.lm_head.weight else wte if embedding else hidden)[name] = p
     groups = ((wte, config.lr_embed), (head, config.lr_head), (scalars, config.lr_scalar))
     optimizers = [Adam(group, lr, (), config, runtime) for group, lr in groups if group]
     rule = config.galore_inner if config.galore else config.matrix_optimizer

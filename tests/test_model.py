@@ -52,6 +52,15 @@ def naive_attention(q, k, v, mask):
     return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores.masked_fill(~mask[:, None], -math.inf), -1), v)
 
 
+def naive_ngram_row(row: list[int], at: int, n: int, rows: int) -> int:
+    """The table row of the n tokens that end at `at`, looking neither before the row nor before a document's mark."""
+    value = row[at]
+    for back in range(1, n):
+        inside = at - back >= 0 and EOT not in row[at - back + 1:at + 1]
+        value = (value * 65599 + (row[at - back] if inside else EOT)) % 2**31
+    return (value * 0x9E3779B1 >> 20) % rows
+
+
 def plain_forward(model: GPT, tokens):
     """The whole model again, spelled out from the config in fp32, one head at a time."""
     c, w = model.config, dict(model.named_parameters())
@@ -68,7 +77,11 @@ def plain_forward(model: GPT, tokens):
             y[..., i + half] = x[..., i + half] * angle.cos() - x[..., i] * angle.sin()
         return y
 
-    x = x0 = rms(w["wte.weight"][tokens])
+    x = w["wte.weight"][tokens]
+    for n in range(2, c.ngram + 1):
+        rows = [[naive_ngram_row(row, at, n, c.ngram_rows) for at in range(T)] for row in tokens.tolist()]
+        x = x + w[f"ngrams.{n - 2}.weight"][torch.tensor(rows)]
+    x = x0 = rms(x)
     v1 = None
     for layer in range(c.n_layer):
         name = f"blocks.{layer}"
@@ -98,6 +111,7 @@ def plain_forward(model: GPT, tokens):
 SWITCHES = {
     "all on": {}, "no value_residual": dict(value_residual=False), "no embed_residual": dict(embed_residual=False), "tied": dict(untie_head=False),
     "no softcap": dict(softcap=0.0), "softcap 5": dict(softcap=5.0), "no qk_norm": dict(qk_norm=False), "no zero_init": dict(zero_init=False),
+    "ngrams": dict(ngram=4, ngram_rows=50), "ngrams, documents": dict(ngram=3, ngram_rows=97, doc_mask=True),
     "windows": dict(window=7, window_pattern="SL"), "documents": dict(doc_mask=True),
     "documents, windows": dict(doc_mask=True, window=4, window_pattern="LS"), "one head": dict(n_head=1),
     "documents, windows, flex": dict(doc_mask=True, window=4, window_pattern="LS", attention="flex"),
@@ -176,8 +190,8 @@ def test_first_loss_is_that_of_a_uniform_guess():
 
 # ---------------------------------------------------------------------------------------------------- causality and documents
 
-@pytest.mark.parametrize("changes", [dict(), dict(doc_mask=True), dict(window=5, window_pattern="S"), dict(doc_mask=True, window=5, window_pattern="SL")],
-                         ids=["plain", "documents", "windows", "both"])
+@pytest.mark.parametrize("changes", [dict(), dict(doc_mask=True), dict(window=5, window_pattern="S"), dict(doc_mask=True, window=5, window_pattern="SL"),
+                                     dict(ngram=4, doc_mask=True)], ids=["plain", "documents", "windows", "both", "ngrams"])
 def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
     model, tokens = stir(make(**changes)), some_tokens()
     document = (tokens == EOT).cumsum(1)
@@ -210,6 +224,15 @@ def test_backends_against_a_naive_mask(attention, window, doc_mask):
     assert (mask is None) == (not doc_mask and window in (0, 32, 100)), "plain causal attention needs no mask"
     if mask is not None:
         assert isinstance(mask, train_gpt.BlockMask) == (attention == "flex")
+
+
+def test_ngrams_spread_over_their_table():
+    """Every pair of 256 bytes in 4,096 rows: no row far fuller than chance, and the tables of two lengths disagree."""
+    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))
+    rows = train_gpt.ngram_hashes(pairs, tiny(ngram=2, ngram_rows=4096))[0][:, 1].bincount(minlength=4096)
+    assert rows.min() > 0 and rows.max() < 4 * rows.float().mean()
+    two, three = train_gpt.ngram_hashes(some_tokens(), tiny(ngram=3, ngram_rows=4096))
+    assert not torch.equal(two, three)
 
 
 def test_windows_of_layers():
@@ -259,7 +282,7 @@ def test_qk_norm_makes_queries_and_keys_one_size():
 
 # ------------------------------------------------------------------------------------------------ first values, groups, FLOPs
 
-@pytest.mark.parametrize("switch", ["all on", "plain", "tied", "no zero_init"])
+@pytest.mark.parametrize("switch", ["all on", "plain", "tied", "no zero_init", "ngrams"])
 def test_every_parameter_is_initialised_once_by_name_and_in_one_group(switch):
     config = tiny(**SWITCHES[switch])
     model, other = GPT(config), GPT(config)
