@@ -1,6 +1,6 @@
 """LAWA study: does the mean of the last 5 snapshots validate better, and does it pay to train on from it?
 
-    python records/methods/lawa.py     about 5 minutes on two cores; writes lawa*.csv and lawa.png
+    python records/methods/lawa.py     about 10 minutes on two cores; writes lawa*.csv and lawa.png
 
 At 1, 2 and 4 times all rates, with the rates held constant and with the usual cool-down; snapshots every 2 updates
 (one per cent of the run, the paper's choice), for evaluation also every 8. Averaging for evaluation leaves training
