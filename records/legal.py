@@ -53,7 +53,7 @@ from data.shards import BadInput
 # torch is imported where it is used: only the process that runs the trainer needs it.
 
 TINY = dict(preset="laptop", device="cpu", compile=False, n_layer=2, n_head=2, n_embd=32, seq_len=32, batch_tokens=256,
-            steps=6, val_tokens=1024, val_every=3, seed=1)
+            steps=6, warmup=0, val_tokens=1024, val_every=3, seed=1)
 NEEDED = ("steps", "seq_len", "batch_tokens", "val_tokens", "train_files", "val_files", "log_dir")
 OURS = {"train_files", "val_files", "log_dir", "device", "compile", "resume", "generate", "checkpoint", "vocab_size"}
 VOCAB = shards.BYTE_VOCAB
