@@ -3,7 +3,7 @@
     ./run.sh                                    any machine: sets up, gets the data, picks the preset
     torchrun --nproc_per_node=8 train_gpt.py    8 GPUs;     python train_gpt.py --help    every flag
 
-The whole trainer is this file, at most 1,340 lines (a test counts). From top to bottom:
+The whole trainer is this file, at most 1,350 lines (a test counts). From top to bottom:
 
     Config         every setting is a typed field, a --flag and a part of the log; PRESETS are instances of it
     Runtime        which process this is, how processes agree, how one failure is told to all
@@ -72,8 +72,8 @@ class Config:
     embed_residual: bool = True  # mix the normed embedding into every block's input
     untie_head: bool = True  # lm_head has weights of its own
     zero_init: bool = True  # lm_head, o and down start at zero
-    ngram: int = 0  # embeddings of the last 2, 3, ... this many tokens are added to the token's; 0: off
-    ngram_rows: int = 4096  # of each table of such embeddings; n-grams share rows by hash
+    ngram: int = 0  # embeddings of the last 2, 3, ... this many tokens, side by side, are added to the token's; 0: off
+    ngram_rows: int = 16384  # of each table of such embeddings; n-grams share rows by hash
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     qk_norm: bool = True  # RMSNorm on queries and keys
     bf16: bool = True  # activations and wte in bfloat16, other weights cast at use
@@ -86,6 +86,7 @@ class Config:
     lr_muon: float = 0.02  # Muon's rate
     lr_adam: float = 0.002  # Adam's rate for hidden matrices and adapters
     lr_embed: float = 0.3  # Adam's rate for wte
+    lr_ngram: float = 1.0  # Adagrad's rate for the n-gram tables
     lr_head: float = 0.002  # Adam's rate for lm_head, and for wte when tied to it
     lr_scalar: float = 0.02  # Adam's rate for the lambdas
     momentum: float = 0.95  # Muon's, after a warm-up from 0.85
@@ -144,7 +145,7 @@ class Config:
         refuse(not self.window_pattern or set(self.window_pattern) - set("SL"),
                f"--window_pattern {self.window_pattern}: letters S and L only")
         refuse(("S" in self.window_pattern) != bool(self.window), "--window TOKENS and an S in --window_pattern need each other")
-        refuse(self.ngram == 1, "--ngram 1 would be the token's own embedding again: give 0 (off), or 2 and up")
+        refuse(self.ngram == 1 or self.ngram > self.n_embd, f"--ngram {self.ngram}: must be 0 (off), or from 2 up to --n_embd {self.n_embd}")
         refuse(self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
         refuse(self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)")
         on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
@@ -466,7 +467,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.windows, self.dtype = config, layer_windows(config), torch.bfloat16 if config.bf16 else torch.float32
         self.wte = nn.Embedding(config.padded_vocab, config.n_embd, dtype=self.dtype if config.untie_head else torch.float32)
-        self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_rows, config.n_embd, dtype=self.dtype) for _ in range(config.ngram - 1))
+        parts = [config.n_embd // (config.ngram - 1)] * (config.ngram - 1) if config.ngram else []  # widths of the tables
+        self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_rows, width, dtype=self.dtype) for width in parts)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.padded_vocab)
         if not config.untie_head: self.lm_head.weight = self.wte.weight
@@ -474,7 +476,9 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         masks = {window: attention_mask(tokens, window, self.config) for window in set(self.windows)}
         x = self.wte(tokens).to(self.dtype)  # [B, T, D]
-        for table, rows in zip(self.ngrams, ngram_hashes(tokens, self.config)): x = x + table(rows)  # hashed bigrams: record of 1.65 min
+        if self.ngrams:  # hashed bigrams: record of 1.65 min, January 2026; here longer ones, too, that share the width
+            grams = torch.cat([table(rows) for table, rows in zip(self.ngrams, ngram_hashes(tokens, self.config))], dim=-1)
+            x = x + F.pad(grams, (0, x.size(-1) - grams.size(-1)))
         x = x0 = norm(x)
         v1 = None
         for block, window in zip(self.blocks, self.windows): x, v1 = block(x, v1, x0, masks[window])
@@ -501,7 +505,7 @@ def init_weights(model: GPT, config: Config):
         if kind in constant: p.copy_(constant[kind])
         elif kind == "wte":  # tied, it makes the logits too: then GPT-2's small scale
             p.copy_(torch.randn(p.shape, generator=seeded(config.seed, name)) * (1.0 if config.untie_head else 0.02))
-        elif name.startswith("ngrams") or zero[kind]: p.zero_()
+        elif name.startswith("ngrams.") or zero[kind]: p.zero_()
         else: uniform(p, p.size(0) if kind == "down" else p.size(1), config.seed, name)
 
 def flops_per_token(config: Config) -> float:
@@ -612,6 +616,13 @@ class Adam(Optimizer):
         self.write("exp_avg_sq", v)
         return u
 
+class Adagrad(Optimizer):
+    """Rate over the root of the sum of all squared gradients (Duchi et al., JMLR 2011): rare rows take large steps when their turn comes."""
+    def update(self, g: Tensor) -> Tensor:
+        total = self.read("sum_sq", g).addcmul_(g.float(), g.float())
+        self.write("sum_sq", total)
+        return g / (total.sqrt() + 1e-12)
+
 class Muon(Optimizer):
     """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon)."""
     def update(self, g: Tensor) -> Tensor:
@@ -622,12 +633,13 @@ class Muon(Optimizer):
 
 def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape."""
-    wte, head, scalars, matrices = {}, {}, {}, {}
+    wte, ngrams, head, scalars, matrices = {}, {}, {}, {}, {}
     for name, p in model.named_parameters():
-        hidden, embedding = matrices if name.startswith("blocks.") and p.ndim == 2 else scalars, name.startswith(("wte", "ngrams"))
-        (head if p is model.lm_head.weight else wte if embedding else hidden)[name] = p
+        hidden = matrices if name.startswith("blocks.") and p.ndim == 2 else scalars
+        (head if p is model.lm_head.weight else wte if p is model.wte.weight else ngrams if name.startswith("ngrams.") else hidden)[name] = p
     groups = ((wte, config.lr_embed), (head, config.lr_head), (scalars, config.lr_scalar))
     optimizers = [Adam(group, lr, (), config, runtime) for group, lr in groups if group]
+    if ngrams: optimizers.append(Adagrad(ngrams, config.lr_ngram, (), config, runtime))
     rule = config.galore_inner if config.galore else config.matrix_optimizer
     return optimizers + stack_matrices(model, matrices, rule, config, runtime, methods)
 

@@ -77,10 +77,10 @@ def plain_forward(model: GPT, tokens):
             y[..., i + half] = x[..., i + half] * angle.cos() - x[..., i] * angle.sin()
         return y
 
-    x = w["wte.weight"][tokens]
-    for n in range(2, c.ngram + 1):
-        rows = [[naive_ngram_row(row, at, n, c.ngram_rows) for at in range(T)] for row in tokens.tolist()]
-        x = x + w[f"ngrams.{n - 2}.weight"][torch.tensor(rows)]
+    x, width = w["wte.weight"][tokens], c.n_embd // max(1, c.ngram - 1)
+    for i in range(c.ngram - 1):  # bigrams into the first channels, trigrams into the next
+        rows = [[naive_ngram_row(row, at, i + 2, c.ngram_rows) for at in range(T)] for row in tokens.tolist()]
+        x[..., i * width:(i + 1) * width] += w[f"ngrams.{i}.weight"][torch.tensor(rows)]
     x = x0 = rms(x)
     v1 = None
     for layer in range(c.n_layer):

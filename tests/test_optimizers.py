@@ -6,7 +6,7 @@ import torch
 from helpers import tiny
 
 import train_gpt
-from train_gpt import GPT, Adam, Method, Muon, Optimizer, Runtime, init_weights, make_optimizers, newton_schulz
+from train_gpt import GPT, Adagrad, Adam, Method, Muon, Optimizer, Runtime, init_weights, make_optimizers, newton_schulz
 
 CPU = Runtime(torch.device("cpu"))
 
@@ -99,24 +99,35 @@ def test_muon_is_the_published_loop():
         assert not model.get_parameter(name).grad.any(), "gradients are cleared"
 
 
-def test_adam_is_torch_adam():
+@pytest.mark.parametrize("rule, theirs, settings, state", [
+    (Adam, torch.optim.Adam, dict(betas=(0.8, 0.95), eps=1e-8), {"exp_avg", "exp_avg_sq"}),
+    (Adagrad, torch.optim.Adagrad, dict(eps=1e-12), {"sum_sq"})])
+def test_elementwise_rules_are_those_of_torch(rule, theirs, settings, state):
     config = tiny(beta1=0.8, beta2=0.95, adam_eps=1e-8)
     start = {"a": rand(7, 5), "b": rand(3, seed=1), "c": torch.tensor(0.5)}
-    ours, theirs = ({name: torch.nn.Parameter(t.clone()) for name, t in start.items()} for _ in "ot")
-    optimizer = Adam(ours, 0.03, (), config, CPU)
-    reference = torch.optim.Adam(theirs.values(), lr=0.03, betas=(0.8, 0.95), eps=1e-8)
+    ours, reference_of = ({name: torch.nn.Parameter(t.clone()) for name, t in start.items()} for _ in "ot")
+    optimizer, reference = rule(ours, 0.03, (), config, CPU), theirs(reference_of.values(), lr=0.03, **settings)
     for step in range(20):
         for number, name in enumerate(start):
             g = rand(35, seed=10 * step + number + 3)[:start[name].numel()].view_as(start[name]) * 10.0 ** (number - 1)
             ours[name].grad.copy_(g)
-            theirs[name].grad = g
+            reference_of[name].grad = g
         optimizer.reduce()
         optimizer.step()
         optimizer.finish()
         reference.step()
         for name in start:
-            assert (ours[name] - theirs[name]).abs().max() < 1e-6, (step, name)
-    assert set(optimizer.state) == {"exp_avg", "exp_avg_sq"}
+            assert (ours[name] - reference_of[name]).abs().max() < 1e-6, (step, name)
+    assert set(optimizer.state) == state
+
+
+def test_rows_without_a_gradient_stay_with_adagrad():
+    table = torch.nn.Parameter(rand(5, 4))
+    optimizer, before = Adagrad({"table": table}, 1.0, (), tiny(), CPU), table.detach().clone()
+    table.grad[[1, 3]] = rand(2, 4, seed=1)
+    optimizer.reduce()
+    optimizer.step()
+    assert (table != before).any(1).tolist() == [False, True, False, True, False]
 
 
 def test_matrix_optimizer_adam_and_its_rates():
@@ -129,6 +140,8 @@ def test_matrix_optimizer_adam_and_its_rates():
 
 def test_each_group_has_its_rate():
     _, optimizers, config = model_and_optimizers(lr_embed=0.1, lr_head=0.2, lr_scalar=0.3, lr_muon=0.4)
+    _, with_tables, _ = model_and_optimizers(ngram=3, lr_ngram=0.5)
+    assert [(type(o), o.lr, list(o.named)) for o in with_tables if type(o) is Adagrad] == [(Adagrad, 0.5, ["ngrams.0.weight", "ngrams.1.weight"])]
     rates = {name: (type(o), o.lr) for o in optimizers for name in o.named}
     assert rates["wte.weight"] == (Adam, 0.1) and rates["lm_head.weight"] == (Adam, 0.2)
     assert rates["blocks.0.lambdas"] == rates["blocks.1.attn.value_lambda"] == (Adam, 0.3)
