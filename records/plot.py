@@ -1,7 +1,7 @@
 """Draw validation loss against train time and tokens: python records/plot.py LOG... -o out.png
 
 Takes logs, record folders, and folders of logs, ours or the public speedrun's. Runs of one source share a colour: thin
-lines for the runs, a thick one for their mean.
+lines for the runs, a thick one for their mean. Runs validated only once or twice are shown by their training losses, which jump.
 """
 import io
 import os
@@ -33,12 +33,13 @@ def load(paths) -> list[tuple[str, list[logs.Run]]]:
     return [(label, kept) for label, runs in groups.values() if (kept := [r for r in runs if r.val])]
 
 
-def points(run, x: str) -> list[tuple[float, float]]:
-    """(x, loss) of a run's validation lines; x is "time" in seconds, "tokens", or "steps"."""
+def points(run, x: str, lines: list | None = None) -> list[tuple[float, float]]:
+    """(x, loss) of a run's validation lines, or of those given; x is "time" in seconds, "tokens", or "steps"."""
+    lines = run.val if lines is None else lines
     if x == "time":
-        return [(time / 1000, loss) for _, loss, time in run.val if time is not None]
+        return [(time / 1000, loss) for _, loss, time in lines if time is not None]
     scale = run.batch_tokens if x == "tokens" else 1
-    return [(step * scale, loss) for step, loss, _ in run.val]
+    return [(step * scale, loss) for step, loss, _ in lines]
 
 
 def mean_line(runs, x: str) -> list[tuple[float, float]]:
@@ -59,7 +60,8 @@ def draw(axis, groups, x: str, target: float | None = None):
         lines = [line for run in runs if (line := points(run, x))]
         if not lines:
             continue
-        for line in lines:
+        shown = [points(run, x, run.train) if len(run.val) < 3 and run.train else points(run, x) for run in runs]
+        for line in filter(None, shown):
             axis.plot(*zip(*line), color=colour, linewidth=0.7, alpha=0.35)
         mean = mean_line(runs, x) or max(lines, key=len)
         final = verify.spread([run.val_loss for run in runs])
@@ -80,9 +82,9 @@ def draw(axis, groups, x: str, target: float | None = None):
 
 def crop(axis, groups, target):
     """The first few per cent of a run would flatten all the rest: start below them."""
-    finite = [[loss for step, loss, _ in run.val if loss < 1e6] for _, runs in groups for run in runs]
-    late = [loss for _, runs in groups for run in runs for step, loss, _ in run.val
-            if len(run.val) > 3 and step >= 0.08 * run.val[-1][0] and loss < 1e6]
+    shown = [run.train + run.val if len(run.val) < 3 else run.val for _, runs in groups for run in runs]
+    finite = [[loss for _, loss, _ in lines if loss < 1e6] for lines in shown]
+    late = [loss for lines in shown for step, loss, _ in lines if len(lines) > 3 and step >= 0.08 * lines[-1][0] and loss < 1e6]
     low = min([min(losses) for losses in finite if losses] + ([target] if target is not None else []), default=None)
     if late and low is not None and max(late) > low:
         margin = 0.05 * (max(late) - low)
