@@ -44,7 +44,7 @@ TRACKS = {
 BLOCK = 1 << 20        # bytes read at a time
 MAX_LINE = 4 << 20     # bytes; no honest line is longer
 MAX_VAL = 100_000      # validation lines kept per run
-MAX_TRAIN = 500         # training lines kept
+MAX_TRAIN = 500        # training lines kept per run, about
 MAX_LOSS = 1e6         # anything above has diverged, and nan is not below it
 MAX_DEPTH = 20         # of nested JSON
 
@@ -80,7 +80,7 @@ class Run:
     last_time: float = -1.0
     train_lines: int = 0
     val: list = field(default_factory=list)       # (step, loss, train time or None)
-    train: list = field(default_factory=list)     # the same of the first MAX_TRAIN training lines, for pictures
+    train: list = field(default_factory=list)     # the same of some MAX_TRAIN training lines, for pictures
     problems: list = field(default_factory=list)  # sentences
 
     @property
@@ -374,7 +374,7 @@ class _Reader:
             rows = rows[:max(0, MAX_VAL - len(run.val))]
         run.val += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
         run.train_lines += int((~is_val).sum())
-        rows = np.nonzero(~is_val)[0][:MAX_TRAIN - len(run.train)]
+        rows = np.nonzero(~is_val & (step % max(1, run.planned // MAX_TRAIN) == 0))[0][:2 * MAX_TRAIN - len(run.train)]
         run.train += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
         run.last_step, run.last_time = int(step[-1]), float(time[-1])
 
