@@ -142,7 +142,7 @@ def test_config_is_frozen_and_checked_however_it_is_made():
 
 
 def test_presets():
-    assert set(train_gpt.PRESETS) == {"gpt2_small", "gpt2_medium", "gpt2_xl", "laptop"}
+    assert set(train_gpt.PRESETS) == {"gpt2_small", "nov2024", "gpt2_medium", "gpt2_xl", "laptop"}
     for name, preset in train_gpt.PRESETS.items():
         assert preset.preset == name
         assert dataclasses.replace(preset) == preset  # obeys every rule

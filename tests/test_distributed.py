@@ -18,7 +18,8 @@ def data(tmp_path_factory):
 
 
 def argv(data, folder, **changes):
-    return flags(data, **(dict(log_dir=folder / "logs", checkpoint_dir=folder / "checkpoints", rank_timeout=5, checkpoint_every=6) | changes))
+    return flags(data, **(dict(log_dir=folder / "logs", checkpoint_dir=folder / "checkpoints", rank_timeout=5, checkpoint_every=6,
+                               ngram=3, ngram_rows=100) | changes))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,8 @@ def check_same(outcome, expected, weights):
     for (step, kind, loss), (step2, kind2, loss2) in zip(outcome.losses(), expected.losses()):
         assert (step, kind) == (step2, kind2) and abs(float(loss) - float(loss2)) < 1.5e-4, (step, kind, loss, loss2)
     for name, tensor in expected.weights.items():
-        assert torch.allclose(weights[name], tensor, atol=2e-3), name
+        far = ((weights[name] - tensor).abs() > 2e-3).double().mean().item()
+        assert far <= (0.01 if name.startswith("ngrams") else 0), f"{name}: {far}"  # Adagrad makes a whole step of a rounding error, too
 
 
 def keep_weights(rank):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import SMALL, arguments, build, data, figure, in_parallel, mean_std, read_csv, save, tg, train, write_csv  # noqa: E402
 
 WIDTHS, DENSITIES, BASE, RULES, STEPS = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar"), 60
-MUON = ((0.0, True), (0.0, False), (tg.SuPar.MUON_POWER, False))  # (exponent of 1 / density in the rate, gradient masked before, too?)
+MUON = ((0.0, True), (0.0, False), (0.75, False))  # (exponent of 1 / density in the rate, gradient masked before, too?)
 RATES = {"adam": [2.0**-n for n in range(12, 5, -1)], "muon": [0.02 * 2.0**n for n in range(6)]}
 
 
