@@ -1,6 +1,6 @@
 """SuPar study: does one learning rate hold for all widths and densities, and which rule does Muon need?
 
-    python records/methods/supar.py                 about 15 minutes on two cores; writes supar_*.csv and supar_*.png
+    python records/methods/supar.py                 about 25 minutes on two cores; writes supar_*.csv and supar_*.png
     python records/methods/supar.py --part check    only the coordinate check (or sweep: only the rates), 5 minutes
 
 standard: the masks alone. muP: and the rules for width. SuPar: and the rules for density. All share masks and data.
@@ -101,6 +101,16 @@ def best_rate(points: list[tuple]) -> tuple[float, float, float]:
     return lr, loss, std
 
 
+def ceiling(points: list[tuple], margin: float = 0.05) -> float:
+    """The rate, above the best one, at which the loss is `margin` nats worse than at its best; infinite where the grid ends before."""
+    lowest = min(p[1] for p in points)
+    i = min(range(len(points)), key=lambda n: points[n][1])
+    for (lr, loss, *_), (lr2, loss2, *_) in zip(points[i:], points[i + 1:]):
+        if loss2 - lowest > margin:
+            return lr * (lr2 / lr) ** ((lowest + margin - loss) / (loss2 - loss))
+    return math.inf
+
+
 def report_sweep():
     rows, best = read_csv("supar_sweep.csv"), []
     for optimizer in RATES:
@@ -112,19 +122,22 @@ def report_sweep():
                 axis.errorbar([p[0] for p in points], [p[1] for p in points], [p[2] for p in points], linestyle=style, marker=".",
                               color=f"C{WIDTHS.index(width)}", label=f"{width}, 1/{round(1 / density)}")
                 lr, loss, std = best_rate(points)
-                best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, val_loss=loss, std=std, n=points[0][3]))
+                best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, ceiling=ceiling(points), val_loss=loss, std=std, n=points[0][3]))
             axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel=f"val loss after {STEPS} updates", ylim=(2.0, 3.6))
         axes[-1].legend(title="width, density", fontsize=7)
         save(made, f"supar_lr_{optimizer}.png")
     write_csv("supar_best.csv", best)
-    print("optimizer rule      best lr, smallest to largest over the widths and densities; their ratio; cost of the base model's rate elsewhere")
+    print("optimizer rule      best lr, smallest to largest over the widths and densities; their ratio; the same of the rate that costs 0.05 nats; "
+          "cost of the base model's rate elsewhere")
     for optimizer, rule in itertools.product(RATES, RULES):
         rates = [b["best_lr"] for b in best if (b["optimizer"], b["rule"]) == (optimizer, rule)]
         if rates:
             points = curves(rows, optimizer, rule)
             base = min(points.get((BASE, 1.0), next(iter(points.values()))), key=lambda p: p[1])[0]
             costs = [next(p[1] for p in c if p[0] == base) - min(p[1] for p in c) for c in points.values()]
-            print(f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  x{max(rates) / min(rates):.1f}   mean {sum(costs) / len(costs):.4f}, "
+            tops = [b["ceiling"] for b in best if (b["optimizer"], b["rule"]) == (optimizer, rule)]
+            print(f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  x{max(rates) / min(rates):.1f}   {min(tops):.4g} .. {max(tops):.4g}  "
+                  f"x{max(tops) / min(tops):.1f}   mean {sum(costs) / len(costs):.4f}, "
                   f"worst {max(costs):.4f}")
 
 
