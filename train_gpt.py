@@ -1286,6 +1286,10 @@ def train(config: Config, runtime: Runtime, argv: list[str]):
     run.clock, run.log, run.data = Clock(runtime.device), log, data
     say(f"{config.preset}: {run.model.size():,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens, "
         f"{runtime.world_size} x {device_name(runtime.device)}, attention {config.attention}, compile {config.compile}")
+    if run.methods:  # with the values that were chosen for the user
+        names = ("relora", "galore", "lawa", "sparsity", "mup_base_width")
+        used = {n: v for n, v in vars(config).items() if any(n.startswith(m) and getattr(config, m) for m in names)}
+        say("methods: " + ", ".join(f"{name} {value}" for name, value in used.items()))
     resume(run)
     begun, forward = time.perf_counter(), torch.compile(run.model, dynamic=False) if config.compile else run.model
     micro = warm_up(run, forward)

@@ -127,6 +127,14 @@ def test_the_closing_line(plain, place):
     assert missed.code == 0, "a missed target is a result, not an error"
 
 
+def test_chosen_values_of_a_method_are_told(plain, data, tmp_path):
+    """And nothing is, where no method is on."""
+    outcome = run(flags(data, log_dir=tmp_path, steps=8, lawa=2, relora=4))
+    line = next(line for line in outcome.out.splitlines() if line.startswith("methods: "))
+    assert "relora 4, relora_alpha 1.0, relora_warm_start 2, relora_interval 1" in line and "lawa 2, lawa_interval 1" in line and "galore" not in line
+    assert "methods:" not in plain.out
+
+
 def test_the_log_is_enough_to_run_again(plain, data, tmp_path):
     """The config line as flags gives the same losses; so does argv."""
     config, words = json.loads(plain.facts()["config"]), []
