@@ -91,6 +91,7 @@ class Config:
     lr_scalar: float = 0.02  # Adam's rate for the lambdas
     momentum: float = 0.95  # Muon's, after a warm-up from 0.85
     momentum_warmup: int = 300  # updates
+    normuon: float = 0.0  # decay of NorMuon's mean square of each neuron's update; 0: plain Muon
     beta1: float = 0.9  # Adam's
     beta2: float = 0.95  # Adam's
     adam_eps: float = 1e-8  # Adam's
@@ -165,7 +166,7 @@ class Config:
 
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
-BELOW = dict(ngram=8, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
+BELOW = dict(ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
 POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
             "ngram_rows", "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
@@ -625,12 +626,19 @@ class Adagrad(Optimizer):
         return g / (total.sqrt() + 1e-12)
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon)."""
+    """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon). NorMuon (arXiv
+    2510.05491) then divides each row of a tall matrix, column of a wide one, by its running RMS and keeps the update's norm."""
     def update(self, g: Tensor) -> Tensor:
         c, momentum, m = self.config, momentum_at(self.steps - 1, self.config), self.read("momentum", g)
         u = g + momentum * m.mul_(momentum).add_(g)
         self.write("momentum", m)
-        return (compiled(newton_schulz) if c.compile else newton_schulz)(u, torch.bfloat16 if c.bf16 else torch.float32)
+        u = (compiled(newton_schulz) if c.compile else newton_schulz)(u, torch.bfloat16 if c.bf16 else torch.float32)
+        if not c.normuon: return u
+        square = u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True)
+        mean = self.read("row_sq", square).lerp_(square, 1 - c.normuon)
+        self.write("row_sq", mean)
+        even = u / (mean / (1 - c.normuon**self.steps) + 1e-16).sqrt()
+        return even * (u.norm(dim=(-2, -1), keepdim=True) / (even.norm(dim=(-2, -1), keepdim=True) + 1e-7))
 
 def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape."""
@@ -726,7 +734,8 @@ class ReLoRA(Method):
         first = state["exp_avg" if "exp_avg" in state else "momentum"].flatten(1)
         kept = first.abs().topk(round(first.size(1) * (1 - c.relora_prune)), dim=1).indices
         keep, betas = torch.zeros_like(first).scatter_(1, kept, 1.0), dict(exp_avg=c.beta1, exp_avg_sq=c.beta2, momentum=0.0)
-        for name, moment in state.items():
+        for name in betas.keys() & state.keys():
+            moment = state[name]
             moment.mul_(keep.view_as(moment)).mul_((1 - betas[name]) / (1 - betas[name] ** optimizer.steps))
         optimizer.steps = 1 if "exp_avg" in state else optimizer.steps
 

@@ -19,7 +19,7 @@ def data(tmp_path_factory):
 
 def argv(data, folder, **changes):
     return flags(data, **(dict(log_dir=folder / "logs", checkpoint_dir=folder / "checkpoints", rank_timeout=5, checkpoint_every=6,
-                               ngram=3, ngram_rows=100) | changes))
+                               ngram=3, ngram_rows=100, normuon=0.9) | changes))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ TINY = dataclasses.replace(tg.PRESETS["laptop"], n_layer=2, n_head=2, n_embd=32,
                            steps=24, spread_rows=False, device="cpu")
 METHODS = {
     "relora": dict(relora=2, relora_warm_start=3, relora_interval=4, relora_rewarm=2),
+    "relora_muon": dict(relora=2, relora_warm_start=3, relora_interval=4, relora_rewarm=2, relora_optimizer="muon", normuon=0.9),
     "galore": dict(galore=4, galore_interval=5),
     "galore_muon": dict(galore=4, galore_interval=5, galore_inner="muon"),
     "galore_8bit": dict(galore=4, galore_interval=5, galore_bits=8),

@@ -65,6 +65,22 @@ def test_newton_schulz_of_a_batch_is_that_of_each():
         assert torch.allclose(newton_schulz(g.mT, torch.float32), x.mT, atol=2e-5)
 
 
+def test_normuon_evens_out_neurons_and_keeps_the_norm():
+    """Rows of a tall matrix, columns of a wide one: by a running mean of squares, bias-corrected like Adam's."""
+    for shape in ((8, 4), (4, 8), (4, 4)):
+        config, grads = tiny(normuon=0.9, momentum_warmup=0), [rand(1, *shape, seed=s) for s in range(3)]
+        plain, even = (Muon({"w": torch.nn.Parameter(rand(*shape))}, 0.1, shape, c, CPU) for c in (tiny(momentum_warmup=0), config))
+        mean, dim = 0.0, -1 if shape[0] >= shape[1] else -2
+        for step, g in enumerate(grads, 1):
+            plain.steps = even.steps = step
+            u, found = plain.update(g), even.update(g)
+            mean = 0.9 * mean + 0.1 * u.square().mean(dim, keepdim=True)
+            expected = u / (mean / (1 - 0.9**step)).sqrt()
+            assert torch.allclose(found, expected * u.norm() / expected.norm(), atol=1e-5)
+        assert found.norm().item() == pytest.approx(u.norm().item(), rel=1e-4)
+        assert set(even.state) == {"momentum", "row_sq"}
+
+
 def test_newton_schulz_of_zero_is_zero():
     assert torch.equal(newton_schulz(torch.zeros(2, 8, 8), torch.float32), torch.zeros(2, 8, 8))
 
