@@ -3,7 +3,7 @@
     ./run.sh                                    any machine: sets up, gets the data, picks the preset
     torchrun --nproc_per_node=8 train_gpt.py    8 GPUs;     python train_gpt.py --help    every flag
 
-The whole trainer is this file, at most 1,350 lines (a test counts). From top to bottom:
+The whole trainer is this file, at most 1,360 lines (a test counts). From top to bottom:
 
     Config         every setting is a typed field, a --flag and a part of the log; PRESETS are instances of it
     Runtime        which process this is, how processes agree, how one failure is told to all
