@@ -374,7 +374,8 @@ class _Reader:
             rows = rows[:max(0, MAX_VAL - len(run.val))]
         run.val += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
         run.train_lines += int((~is_val).sum())
-        rows = np.nonzero(~is_val & (step % max(1, run.planned // MAX_TRAIN) == 0))[0][:2 * MAX_TRAIN - len(run.train)]
+        some = ~is_val & (table["loss"] > 0) & (step % max(1, run.planned // MAX_TRAIN) == 0)  # lines without a loss have 0
+        rows = np.nonzero(some)[0][:2 * MAX_TRAIN - len(run.train)]
         run.train += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
         run.last_step, run.last_time = int(step[-1]), float(time[-1])
 
