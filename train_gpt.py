@@ -96,8 +96,7 @@ class Config:
     beta2: float = 0.95  # Adam's
     adam_eps: float = 1e-8  # Adam's
     warmup: int = 0  # updates of linear learning-rate warm-up
-    cooldown: float = 0.2856  # share of the run, at its end, in which the rates fall
-    lr_floor: float = 0.0  # what is left of the rates at the end
+    cooldown: float = 0.2856  # share of the run, at its end, in which the rates fall to zero
     # methods
     relora: int = 0  # ReLoRA: rank of the adapters; 0: off
     relora_alpha: float = 0.0  # adapters count alpha / rank; 0: a quarter of the rank
@@ -167,7 +166,7 @@ class Config:
 
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
-BELOW = dict(ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, lr_floor=1, relora_prune=1)
+BELOW = dict(ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
 POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
             "ngram_rows", "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
@@ -889,8 +888,7 @@ def resolve(config: Config, device: torch.device) -> Config:
 def lr_at(step: int, config: Config) -> float:
     """Factor on all rates for update `step`, 0-based: linear warm-up, constant, linear cool-down; jagged with ReLoRA."""
     c = config
-    left = min(1.0, (c.steps - step) / max(1, round(c.cooldown * c.steps)))
-    factor = min(1.0, (step + 1) / max(1, c.warmup), c.lr_floor + (1 - c.lr_floor) * left)
+    factor = min(1.0, (step + 1) / max(1, c.warmup), (c.steps - step) / max(1, round(c.cooldown * c.steps)))
     if c.relora and step >= c.relora_warm_start:  # after the wrap and each merge, from near zero back to the same curve
         factor *= min(1.0, ((step - c.relora_warm_start) % c.relora_interval + 1) / c.relora_rewarm)
     return factor

@@ -192,6 +192,8 @@ def effect(record: Record) -> str:
     verdict = record.race.get("faster")
     if verdict == "no":
         return "slower" if by_interval == "slower" else "loses: loss is worse"
+    if verdict == "not shown" and by_interval == "faster":
+        return "less time; equal loss not shown"
     return {"yes": "faster", None: by_interval}.get(verdict, "no difference shown")
 
 

@@ -73,7 +73,8 @@ def draw(axis, groups, x: str, target: float | None = None):
         axis.annotate(f"target {target:g}", (0, target), xycoords=("axes fraction", "data"), xytext=(5, 3),
                       textcoords="offset points", fontsize=8)     # curves are high above the target at the left
     axis.set_xlabel({"time": "train time (s)", "tokens": "tokens", "steps": "step (batch size not in every log)"}[x])
-    axis.set_ylabel("validation loss")
+    by_training = any(len(run.val) < 3 and run.train for _, runs in groups for run in runs)
+    axis.set_ylabel("validation loss" + " (dots) and training loss (lines)" * by_training)
     axis.grid(alpha=0.25, linewidth=0.6)
     crop(axis, groups, target)
     if longest:
@@ -102,7 +103,7 @@ def figure(groups, axes, target=None, title=""):
     for panel, x in zip(panels, axes):
         draw(panel, groups, x, target)
     handles = max((panel.get_legend_handles_labels() for panel in panels), key=lambda pair: len(pair[0]))
-    picture.legend(*handles, loc="outside lower center", fontsize=8, frameon=False, ncols=1 if rows < 5 else 2)
+    picture.legend(*handles, loc="outside lower center", fontsize=8 if len(axes) > 1 else 7, frameon=False, ncols=1 if rows < 5 else 2)
     if title:
         picture.suptitle(title, fontsize=11)
     return picture
