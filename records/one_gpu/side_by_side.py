@@ -7,7 +7,7 @@
         --out side_by_side
 
 Contenders (--only picks some; what --out already holds is kept, so a comparison may be made in several calls):
-    ours        train_gpt.py, once per --ours 'flags' (--preset gpt2_small)
+    ours        train_gpt.py, once per --ours 'flags' (--preset nov2024, --preset gpt2_small)
     record      modded-nanogpt's record script of 2024-11-08, out of its log
     simple      modded-nanogpt's records/track_3_optimization/train_gpt_simple.py
     newest      modded-nanogpt's record script of 2025-08-23, out of its log: the last one before the public records
@@ -461,7 +461,7 @@ def parse_args(argv):
         "--ours",
         action="append",
         metavar="FLAGS",
-        help="flags of one of our runs; give several: ours, ours2, ... (--preset gpt2_small)",
+        help="flags of one of our runs; give several: ours, ours2, ... (--preset nov2024 and --preset gpt2_small)",
     )
     add("--only", nargs="+", metavar="NAME", help="run these contenders only")
     add("--again", action="store_true", help="run contenders again that --out holds, too")
@@ -477,7 +477,7 @@ def parse_args(argv):
         help="seconds after which a run has failed (900)",
     )
     args = parser.parse_args(argv)
-    args.ours = args.ours or ["--preset gpt2_small"]
+    args.ours = args.ours or ["--preset nov2024", "--preset gpt2_small"]
     known = [f"ours{i + 1}" if i else "ours" for i in range(len(args.ours))]
     known += ["record", "simple", "newest"] * bool(args.modded) + ["nanogpt"] * bool(args.nanogpt)
     if unknown := set(args.only or []) - set(known):
