@@ -146,6 +146,7 @@ def test_presets():
     for name, preset in train_gpt.PRESETS.items():
         assert preset.preset == name
         assert dataclasses.replace(preset) == preset  # obeys every rule
+    assert train_gpt.PRESETS["nov2024"] == train_gpt.Config(preset="nov2024"), "the fields' defaults are that record"
     small, medium, xl = (train_gpt.PRESETS[name] for name in ("gpt2_small", "gpt2_medium", "gpt2_xl"))
     assert (small.n_layer, small.n_embd, small.n_head, small.padded_vocab, small.target) == (12, 768, 6, 50304, 3.28)
     assert (small.batch_tokens, small.seq_len, small.val_tokens, small.softcap) == (512 * 1024, 1024, 10485760, 30)
@@ -160,7 +161,7 @@ def test_help_lists_every_flag_with_its_comment_and_default():
     table = train_gpt.flag_table()
     assert [name for name, _, _ in table] == [field.name for field in dataclasses.fields(train_gpt.Config)], "a field without a comment"
     for name, comment, default in table:
-        assert default == getattr(train_gpt.Config(), name)
+        assert default == getattr(train_gpt.PRESETS["gpt2_small"], name)
         assert any(f"--{name} " in line and comment in line and str(default) in line for line in outcome.out.splitlines()), name
 
 
