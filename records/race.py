@@ -251,6 +251,8 @@ class Race:
                 flags = without([*entry.flags, *self.flags], "--steps")
                 folder = self.args.out / f"warmup{k}_{self.letter(i)}"
                 flags += ["--steps", "5", "--seed", str(self.args.first_seed)]
+                if re.search(r"^    warmup: int", entry.script.read_text(encoding="utf-8", errors="replace"), re.M):
+                    flags = [*without(flags, "--warmup"), "--warmup", "0"]  # a recipe's own would outlast five steps
                 if not train_twice(entry.script, flags, folder, self.args.timeout, self.failures):
                     raise BadInput(f"{entry.name}: its warm-up run (--steps 5) fails: {self.failures[-1]['why']}; "
                                    f"see {folder / 'output'}, or skip warm-ups with --warmup_runs 0")
