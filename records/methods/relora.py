@@ -29,8 +29,10 @@ VARIANTS = {
     "no warm start: restarts + reset": RESTARTS | COLD | dict(relora_prune=0.99, relora_rewarm=1),
     "no warm start: restarts + re-warm": RESTARTS | COLD | dict(relora_prune=0.0, relora_rewarm=8),
     "no warm start: all three": RESTARTS | COLD | dict(relora_prune=0.99, relora_rewarm=8),
+    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(relora_rewarm=8, relora_optimizer="muon"),
 }
-RATES = [0.004 * 2**n for n in range(4)]
+RATES = [0.004 * 2**n for n in range(4)]  # Adam's
+TUNED = dict.fromkeys(("full rank", "LoRA", "ReLoRA"), RATES) | {"ReLoRA, adapters with Muon": [0.01 * 2**n for n in range(4)]}
 
 
 class Ranks(tg.Method):
@@ -56,14 +58,15 @@ class Ranks(tg.Method):
 
 def run_one(task: dict) -> dict:
     ranks = Ranks()
-    run = train(dataclasses.replace(BASE, seed=task["seed"], lr_adam=task["lr"], **VARIANTS[task["variant"]]), watch=ranks)
+    rates = dict(lr_muon=task["lr"], lr_adam=0.008) if "Muon" in task["variant"] else dict(lr_adam=task["lr"])  # Adam's: of the warm start
+    run = train(dataclasses.replace(BASE, seed=task["seed"], **rates, **VARIANTS[task["variant"]]), watch=ranks)
     return task | dict(val=run.log.val, ranks=ranks.rows)
 
 
 def study(processes: int):
-    found = in_parallel(run_one, [dict(variant=v, lr=lr, seed=0) for v in ("full rank", "LoRA", "ReLoRA") for lr in RATES], processes)
+    found = in_parallel(run_one, [dict(variant=v, lr=lr, seed=0) for v, rates in TUNED.items() for lr in rates], processes)
     rates = {}
-    for variant in ("full rank", "LoRA", "ReLoRA"):
+    for variant in TUNED:
         rates[variant] = min((r for r in found if r["variant"] == variant), key=lambda r: (r["val"][STEPS] != r["val"][STEPS], r["val"][STEPS]))["lr"]
     write_csv("relora_rates.csv", [dict(variant=r["variant"], lr=r["lr"], seed=0, val_loss=r["val"][STEPS]) for r in found])
     found = in_parallel(run_one, [dict(variant=v, lr=rates.get(v, rates["ReLoRA"]), seed=s) for v in VARIANTS for s in (1, 2, 3)], processes)
