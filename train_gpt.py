@@ -3,7 +3,7 @@
     ./run.sh                                    any machine: sets up, gets the data, picks the preset
     torchrun --nproc_per_node=8 train_gpt.py    8 GPUs;     python train_gpt.py --help    every flag
 
-The whole trainer is this file, at most 1,360 lines (a test counts). From top to bottom:
+The whole trainer is this file, at most 1,160 lines (a test counts). From top to bottom:
 
     Config         every setting is a typed field, a --flag and a part of the log; PRESETS are instances of it
     Runtime        which process this is, how processes agree, how one failure is told to all
@@ -17,11 +17,11 @@ The whole trainer is this file, at most 1,360 lines (a test counts). From top to
     Evaluate       validation loss, and sampling from a trained model
     Train          warm-up before the clock, the loop, main()
 
-The recipe is the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt; --preset nov2024) and what has won against it
-since, by measurement, in this repository (records/); ideas are credited in place.
+The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt; --preset nov2024) and what beat it in records/.
 """
-import contextlib, ctypes, dataclasses, difflib, functools, glob, hashlib, io, json, math, os, platform, queue, re, resource
+import argparse, contextlib, ctypes, dataclasses, difflib, functools, glob, hashlib, io, json, math, os, platform, re, resource
 import signal, sys, threading, time, traceback, uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,6 @@ SOURCE_SHA256 = hashlib.sha256(SOURCE.encode("utf-8")).hexdigest()
 # ---------------------------------------------------------------------------------------------------------------- Config
 class UserError(Exception):
     """Something that only the user can mend: told in one line, exit code 2, no traceback."""
-
 def refuse(bad, line: str):
     if bad: raise UserError(line)
 
@@ -129,45 +128,37 @@ class Config:
     generate_tokens: int = 200  # ... by so many tokens
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
 
-    def __post_init__(self):
-        """Every rule that a single config must obey."""
+    def __post_init__(self):  # every rule that a single config must obey
         get, fields = functools.partial(getattr, self), type(self).__dataclass_fields__
-        for name, allowed in CHOICES.items():
-            refuse(get(name) not in allowed, f"--{name} {get(name)}: must be one of {', '.join(map(str, allowed))}")
         for name, field in fields.items():
-            low = int(name in POSITIVE)
-            top = {int: 2**63, float: math.inf}.get(field.type)
-            refuse(top and not low <= get(name) < top, f"--{name} {get(name)}: must be a number from {low} up")
-        for name, top in BELOW.items(): refuse(get(name) > top, f"--{name} {get(name)}: must be at most {top}")
-        refuse(self.n_embd % (2 * self.n_head), f"--n_embd {self.n_embd} over --n_head {self.n_head} must give an even whole head_dim")
-        refuse(self.vocab_size > 65536, f"--vocab_size {self.vocab_size}: shards hold 16-bit tokens, so at most 65536")
+            value, low, high = get(name), int(name in POSITIVE), AT_MOST.get(name, {int: 2**63 - 1, float: sys.float_info.max}.get(field.type))
+            refuse(value not in CHOICES.get(name, [value]), f"--{name} {value}: must be one of {', '.join(map(str, CHOICES.get(name, [])))}")
+            bounds = f"must be a number from {low} {f'to {high}' if name in AT_MOST else 'up'}"
+            refuse(high and not low <= value <= high, f"--{name} {value}: {bounds}")
+            method, given = name.split("_")[0], value != field.default
+            if given and name != method and method in ("relora", "galore", "lawa"):
+                refuse(not get(method), f"--{name} does nothing without --{method}")
+                late = name.endswith(("interval", "start", "rewarm")) and value >= self.steps
+                refuse(late, f"--{name} {value} is not shorter than the run of {self.steps} steps")
         for name in ("batch_tokens", "val_tokens"):
             near = max(1, round(get(name) / self.seq_len)) * self.seq_len
             refuse(get(name) % self.seq_len, f"--{name} {get(name)} is not divisible by --seq_len {self.seq_len}; nearest: {near}")
-        refuse(not self.window_pattern or set(self.window_pattern) - set("SL"),
-               f"--window_pattern {self.window_pattern}: letters S and L only")
-        refuse(("S" in self.window_pattern) != bool(self.window), "--window TOKENS and an S in --window_pattern need each other")
+        for name in ("relora", "galore"): refuse(get(name) > self.n_embd, f"--{name} {get(name)}: rank above that of the matrices, {self.n_embd}")
+        refuse(self.n_embd % (2 * self.n_head), f"--n_embd {self.n_embd} over --n_head {self.n_head} must give an even whole head_dim")
         refuse(self.ngram == 1 or self.ngram > self.n_embd, f"--ngram {self.ngram}: must be 0 (off), or from 2 up to --n_embd {self.n_embd}")
+        windows, letters = f"--window {self.window} with --window_pattern {self.window_pattern}", set("LS" if self.window else "L")
+        refuse(not self.window_pattern or set(self.window_pattern) | {"L"} != letters, f"{windows}: L and S only, an S if and only if there is a window")
         refuse(self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
         refuse(self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)")
         on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
-        refuse(len(on) > 1 and on != ["sparsity", "mup_base_width"],
-               f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way")
-        for name in fields:
-            method, given = name.split("_")[0], get(name) != fields[name].default
-            if given and name != method and method in ("relora", "galore", "lawa"):
-                refuse(not get(method), f"--{name} does nothing without --{method}")
-                refuse(name.endswith(("interval", "start", "rewarm")) and get(name) >= self.steps,
-                       f"--{name} {get(name)} is not shorter than the run of {self.steps} steps")
-        for name in ("relora", "galore"):
-            refuse(get(name) > self.n_embd, f"--{name} {get(name)}: rank above that of the matrices, {self.n_embd}")
-
+        clash = len(on) > 1 and on != ["sparsity", "mup_base_width"]
+        refuse(clash, f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way")
     rows = property(lambda self: self.batch_tokens // self.seq_len)  # of a global batch
     padded_vocab = property(lambda self: -(-self.vocab_size // 64) * 64)  # matmuls like multiples of 64
 
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
-BELOW = dict(ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
+AT_MOST = dict(vocab_size=65536, ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
 POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
             "ngram_rows", "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
@@ -184,106 +175,88 @@ PRESETS = {
 }
 PRESETS = {name: Config(preset=name, **fields) for name, fields in PRESETS.items()}
 
-def flag_table() -> list[tuple[str, str, object]]:
-    """(flag, its comment in Config, default in gpt2_small): what --help and the README print."""
+def flag_table() -> list[tuple[str, str, object]]:  # (flag, its comment in Config, default in gpt2_small): what --help and the README print
     body = SOURCE.split("class Config:", 1)[1].split("def __post_init__", 1)[0]
     return [(name, comment, getattr(PRESETS["gpt2_small"], name)) for name, comment in re.findall(r"^    (\w+): .*?  # (.*)$", body, re.M)]
-
 def parse_config(argv: list[str], default_preset: str) -> Config:
-    """Flags to Config. Errors: UserError for an unknown flag (names the nearest), a wrong type, a bad combination."""
-    given, words, switches = {}, list(argv), {name for name, kind in FIELDS.items() if "bool" in str(kind)}
-    while words:
-        word, has_value, text = words.pop(0).partition("=")
-        refuse(not word.startswith("--"), f"unexpected argument {word!r}: flags start with --, and a glob needs quotes")
-        name = word.removeprefix("--no_") if word.removeprefix("--no_") in switches else word.removeprefix("--")
-        near = [f"did you mean --{guess}?" for guess in difflib.get_close_matches(name, FIELDS, n=1)] or ["--help lists all"]
-        refuse(name not in FIELDS, f"unknown flag {word}; {near[0]}")
-        refuse(name in given, f"--{name} is given twice")
-        refuse(name in switches and has_value, f"--{name} takes no value: say --{name} or --no_{name}")
-        if name not in switches and not has_value:
-            text = words.pop(0) if words and not words[0].startswith("--") else "latest" if name == "resume" else ""
-        refuse(name not in switches and not text, f"--{name} needs a value")
-        try:
-            given[name] = word == f"--{name}" if name in switches else FIELDS[name](text)
-        except ValueError:
-            raise UserError(f"--{name} {text}: must be a {'whole ' if FIELDS[name] is int else ''}number") from None
-    preset = given.get("preset", default_preset)
+    """Flags to Config. Errors: UserError for an unknown flag (names the nearest), a wrong type, a bad combination; --help exits."""
+    wide, end = functools.partial(argparse.HelpFormatter, max_help_position=34, width=170), f"In [ ]: gpt2_small's. Presets: {', '.join(PRESETS)}."
+    parser = argparse.ArgumentParser(usage="train_gpt.py [--flag value ...]; booleans: --flag or --no_flag", epilog=end, formatter_class=wide,
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: refuse(True, f"{message}; --help lists all flags")
+    for name, comment, default in flag_table():
+        kind, about, latest = FIELDS[name], f"{comment} [{default}]", dict(nargs="?", const="latest") if name == "resume" else {}
+        if "bool" not in str(kind): parser.add_argument(f"--{name}", type=kind, metavar="", help=about, **latest)
+        else:
+            parser.add_argument(f"--{name}", action="store_true", help=about)
+            parser.add_argument(f"--no_{name}", action="store_false", help=argparse.SUPPRESS, dest=name)
+    given, unknown = parser.parse_known_args(argv)
+    near = difflib.get_close_matches("".join(unknown[:1]).removeprefix("--"), FIELDS, n=1)
+    if unknown: parser.error(f"unknown argument {unknown[0]}" + (f", did you mean --{near[0]}?" if near else " (a glob needs quotes)"))
+    preset = getattr(given, "preset", default_preset)
     refuse(preset not in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[preset], **given)
+    return dataclasses.replace(PRESETS[preset], **vars(given))
 
 # --------------------------------------------------------------------------------------------------------------- Runtime
-@dataclass(frozen=True)
 class Runtime:
     """This process among its peers; store is their shared key-value store, None for a single process."""
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    store: object = None
-    leaving: threading.Event = dataclasses.field(default_factory=threading.Event)  # ends watch_peers
-    cuda = property(lambda self: self.device.type == "cuda")
+    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, store=None):
+        self.device, self.rank, self.world_size, self.store, self.cuda = device, rank, world_size, store, device.type == "cuda"
+        self.leaving, self.watcher = threading.Event(), None  # of watch_peers
     def exchange(self, key: str, value) -> list:
         """Every rank's JSON-able value, in the order of ranks. Waits up to half an hour: ranks may be compiling or saving."""
         if not self.store: return [value]
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
-    def reduce(self, tensor: Tensor):
-        """Start to sum a tensor over ranks, in place. Returns the work to wait for, None when alone."""
+    def reduce(self, tensor: Tensor):  # start to sum it over ranks, in place; the work to wait for, None when alone
         return dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None
 
 def init_runtime(config: Config) -> Runtime:
     """Device and process group: the one place that touches CUDA or the network."""
-    rank, local_rank, world_size = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    world_size, gpus, rows = world_size or 1, torch.cuda.device_count(), config.rows
+    rank, local_rank, world_size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    gpus, rows = torch.cuda.device_count(), config.rows
     cuda = config.device == "cuda" or config.device == "auto" and gpus > 0
     refuse(cuda and not gpus, "--device cuda: no usable CUDA device on this machine; leave --device out to train on the CPU")
     refuse(cuda and local_rank >= gpus, f"more processes than the {gpus} GPUs of this machine: lower NPROC")
-    if rows % world_size:
-        fits = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - world_size))[:2]
-        raise UserError(f"{world_size} processes do not divide the {rows} rows of a batch (batch_tokens / seq_len); "
-                        f"nearest that do: {' and '.join(map(str, sorted(fits)))}")
+    fits = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - world_size))[:2]
+    refuse(rows % world_size, f"{world_size} processes do not divide the {rows} rows of a batch (batch_tokens / seq_len); "
+                              f"nearest that do: {' and '.join(map(str, sorted(fits)))}")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda: torch.cuda.set_device(device)
     elif platform.libc_ver()[0] == "glibc":
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: freed tensors stay in the heap. Fresh pages made a step up to 10 times as long
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)): ctypes.CDLL(None).mallopt(option, value)
     if world_size == 1: return Runtime(device)
-    store = next(dist.rendezvous("env://"))[0]
-    store.set_timeout(timedelta(minutes=30))
+    store = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))[0]
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
                             timeout=timedelta(seconds=config.rank_timeout), device_id=device if cuda else None)
     runtime = Runtime(device, rank, world_size, store)
-    threading.Thread(target=watch_peers, args=(runtime, 0.8 * config.rank_timeout), name="watch_peers", daemon=True).start()
+    runtime.watcher = threading.Thread(target=watch_peers, args=(runtime, 0.8 * config.rank_timeout), daemon=True)
+    runtime.watcher.start()
     return runtime
-
 def watch_peers(runtime: Runtime, patience: float):
     """Beat once a second; end this process when a peer has been silent for `patience` seconds (killed, stopped, unplugged).
     Rank 0 watches all, all watch rank 0. A peer that beats but stays away from a collective is up to that one's time-out."""
-    last = {peer: (b"", time.monotonic()) for peer in (range(1, runtime.world_size) if runtime.rank == 0 else [0])}
+    store, last = runtime.store, dict.fromkeys(range(1, runtime.world_size) if runtime.rank == 0 else [0], (b"", time.monotonic()))
     with contextlib.suppress(RuntimeError, OSError):  # the store is gone: the launcher is ending all of us
         while not runtime.leaving.wait(1):
-            runtime.store.set(f"beat/{runtime.rank}", str(time.time()))
+            store.set(f"beat/{runtime.rank}", str(time.time()))
             for peer, (seen, since) in last.items():
-                now = runtime.store.get(f"beat/{peer}") if runtime.store.check([f"beat/{peer}"]) else b""
+                now = store.get(f"beat/{peer}") if store.check([f"beat/{peer}"]) else b""
                 if now != seen: last[peer] = now, time.monotonic()
                 elif seen != b"done" and time.monotonic() - since > patience:
-                    tell_failure(runtime, runtime.rank, f"rank {peer} died or stopped responding for {patience:.0f} s", 1)
+                    tell_failure(runtime, f"rank {peer} died or stopped responding for {patience:.0f} s", 1)
                     os._exit(1)
-        runtime.store.set(f"beat/{runtime.rank}", "done")
-
-def brief(error) -> str:
-    """The first line of a message: all that a user gets."""
-    return (str(error).splitlines() or ["unknown error"])[0]
-
-def tell_failure(runtime: Runtime | None, rank: int, message: str, code: int):
+        store.set(f"beat/{runtime.rank}", "done")
+def brief(error) -> str: return (str(error).splitlines() or ["unknown error"])[0]  # all that a user gets of a message
+def tell_failure(runtime: Runtime | None, message: str, code: int):
     """One line, from the first rank to fail; also into $SPEEDRUN_ERROR_FILE, for a script that started us."""
     line, first = f"train_gpt.py: {brief(message)}", not int(os.environ.get("LOCAL_RANK") or 0)
-    if runtime and runtime.store:
-        with contextlib.suppress(RuntimeError, OSError):  # no store left to ask
-            first = runtime.store.compare_set("first to fail", "", str(rank)).decode() == str(rank)
-    if first:
-        print(line, file=sys.stderr, flush=True)
-        if path := os.environ.get("SPEEDRUN_ERROR_FILE"): Path(path).write_text(f"{code} {line}\n")
+    with contextlib.suppress(RuntimeError, OSError, AttributeError):  # alone, or no store left to ask
+        first = runtime.store.compare_set("first to fail", "", str(runtime.rank)) == str(runtime.rank).encode()
+    if first: print(line, file=sys.stderr, flush=True)
+    if first and (path := os.environ.get("SPEEDRUN_ERROR_FILE")): Path(path).write_text(f"{code} {line}\n")
 
 # ------------------------------------------------------------------------------------------------------------------ Data
 class Shards:
@@ -295,53 +268,48 @@ class Shards:
         for path in self.paths:
             try:
                 self.maps.append(np.memmap(path, "<u2", "r"))
-                magic, version, promised = self.maps[-1][:6].view("<i4").tolist()
-            except (OSError, ValueError) as error:
-                raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
-            count, known = len(self.maps[-1]) - 512, (magic, version) == (20240520, 1)
-            why = f"its header promises {promised} tokens, it holds {count}" if known else "wrong magic number or version"
-            refuse(not known or promised != count or count < 1, f"{path}: not a whole token shard ({why}); fetch or prepare it again")
-        self.stats, self.ends = [self.stat(path) for path in self.paths], np.cumsum([len(tokens) - 512 for tokens in self.maps])
-    @staticmethod
-    def stat(path: str):
-        found = os.stat(path) if os.path.exists(path) else None
-        return found and (found.st_ino, found.st_size, found.st_mtime_ns)
+                header, right = self.maps[-1][:6].view("<i4").tolist(), [20240520, 1, len(self.maps[-1]) - 512]
+            except (OSError, ValueError) as error: raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
+            why = f"magic number, version and count of tokens are {header}, for this size {right}"
+            refuse(header != right or right[2] < 1, f"{path}: not a whole token shard ({why}); fetch or prepare it again")
+        self.stats, self.ends = [file_stat(path) for path in self.paths], np.cumsum([len(tokens) - 512 for tokens in self.maps])
     def __len__(self) -> int: return int(self.ends[-1])
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count) of the stream, uint16. Errors: UserError when a shard has changed since the start."""
         parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
         while count:
             path, at = self.paths[shard], start - int(self.ends[shard])  # from the shard's end
-            refuse(self.stat(path) != self.stats[shard], f"{path}: the shard changed during the run; stopped before training on it")
+            refuse(not os.path.exists(path) or file_stat(path) != self.stats[shard], f"{path}: the shard changed during the run; stopped before training on it")
             parts.append(self.maps[shard][at : min(at + count, 0) or None])
             start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
         return np.concatenate(parts)
     def verify(self, tokens: int, vocab_size: int) -> dict[str, str]:
         """{file name: sha256} of the shards that hold the first `tokens` tokens. Errors: UserError for a token >= vocab_size."""
         digests, shards = {}, math.ceil(tokens * len(self.paths) / len(self))
-        refuse(tokens > len(self), f"{self.pattern} holds {len(self):,} tokens, the run needs {tokens:,}: about {shards} such shards "
-                                   f"(python data/fineweb.py {shards}), or --epochs_allowed")
+        remedy = f"about {shards} such shards (python data/fineweb.py {shards}), or --epochs_allowed"
+        refuse(tokens > len(self), f"{self.pattern} holds {len(self):,} tokens, the run needs {tokens:,}: {remedy}")
         for path, whole in zip(self.paths[: np.searchsorted(self.ends, tokens) + 1], self.maps):
+            name, manifest = os.path.basename(path), Path(path).with_name("manifest.json")
             worst, digest = int(whole[512:].max()), hashlib.sha256(whole).hexdigest()
+            try:
+                recorded = json.loads(manifest.read_text())["files"].get(name, {}).get("sha256", digest) if manifest.exists() else digest
+            except (OSError, ValueError, KeyError, AttributeError, TypeError): raise UserError(f"{manifest}: cannot be read; delete it, then "
+                                                                                               "fetch or prepare the shards again") from None
             refuse(worst >= vocab_size, f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; wrong data for this preset?")
-            name, manifest, recorded = os.path.basename(path), Path(path).with_name("manifest.json"), digest
-            if manifest.exists():
-                try:
-                    recorded = json.loads(manifest.read_text())["files"].get(name, {}).get("sha256", recorded)
-                except (OSError, ValueError, KeyError, AttributeError, TypeError):
-                    raise UserError(f"{manifest}: cannot be read; delete it, then fetch or prepare the shards again") from None
             refuse(digest != recorded, f"{path}: not the shard that manifest.json records (sha256); fetch or prepare it again")
             refuse(name in digests, f"{path}: another shard of this run has the same file name; rename one")
-            digests[name] = recorded
+            digests[name] = digest
         return digests
+
+def file_stat(path: str): return (found := os.stat(path)).st_ino, found.st_size, found.st_mtime_ns
 
 class Batches:
     """Rows of seq_len + 1 tokens; batch_at(step) depends on the shards, the step and the global batch, on nothing else."""
     def __init__(self, shards: Shards, config: Config):
         self.shards, self.seq_len, self.rows, self.stride = shards, config.seq_len, config.rows, 1
-        self.per_epoch, needed = max(1, (len(shards) - 1) // config.batch_tokens), -(-config.steps // config.epochs_allowed)
-        self.tokens_read = max(needed, min(config.steps, self.per_epoch)) * config.batch_tokens + 1  # of the stream
-        self.row_count = count = self.per_epoch * config.rows
+        per_epoch, needed = max(1, (len(shards) - 1) // config.batch_tokens), -(-config.steps // config.epochs_allowed)
+        self.tokens_read = max(needed, min(config.steps, per_epoch)) * config.batch_tokens + 1  # of the stream
+        self.row_count = count = per_epoch * config.rows
         if config.spread_rows:  # a stride near the golden ratio visits all rows once, neighbours far apart
             self.stride = next(n for n in range(int(0.618 * count) or 1, count + 2) if math.gcd(n, count) == 1)
             self.tokens_read = max(self.tokens_read, len(shards))
@@ -350,50 +318,34 @@ class Batches:
         numbers = [(step * self.rows + row) * self.stride % self.row_count for row in range(*rows.indices(self.rows))]
         return np.stack([self.shards.read(number * self.seq_len, self.seq_len + 1) for number in numbers])
     def stream(self, start: int, stop: int, runtime: Runtime):
-        """Yield this rank's (inputs, targets), [rows / world_size, seq_len] int64 on its device, read ahead by a thread."""
-        share, ahead = self.rows // runtime.world_size, queue.Queue(maxsize=2)
-        def read_ahead():
-            try:
-                for step in range(start, stop):
-                    mine = slice(runtime.rank * share, (runtime.rank + 1) * share)
-                    rows = torch.from_numpy(self.batch_at(step, mine).astype(np.int64))
-                    ahead.put(rows.pin_memory() if runtime.cuda else rows)
-            except Exception as error:  # raised again in the main thread
-                ahead.put(error)
-        threading.Thread(target=read_ahead, daemon=True).start()
-        for _ in range(start, stop):
-            if isinstance(rows := ahead.get(), Exception): raise rows
-            yield split(rows.to(runtime.device, non_blocking=True))
+        """Yield this rank's (inputs, targets), [rows / world_size, seq_len] int64 on its device; a thread reads one step ahead."""
+        share = self.rows // runtime.world_size
+        def read(step: int) -> Tensor:
+            rows = torch.from_numpy(self.batch_at(step, slice(runtime.rank * share, (runtime.rank + 1) * share)).astype(np.int64))
+            return rows.pin_memory() if runtime.cuda else rows
+        with ThreadPoolExecutor(1) as reader:
+            ahead = reader.submit(read, start)
+            for step in range(start + 1, stop + 1):
+                rows, ahead = ahead.result(), reader.submit(read, min(step, stop - 1))
+                yield split(rows.to(runtime.device, non_blocking=True))
 
-def split(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows [B, T + 1] to inputs and targets [B, T]."""
-    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+def split(rows: Tensor) -> tuple[Tensor, Tensor]: return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # [B, T + 1]: inputs, targets
 
 # ----------------------------------------------------------------------------------------------------------------- Model
 def norm(x: Tensor) -> Tensor: return F.rms_norm(x, (x.size(-1),))  # RMSNorm without gain
-
-def layer_windows(config: Config) -> list[int]:
-    """How many tokens each layer looks back; 0: no limit."""
+def layer_windows(config: Config) -> list[int]:  # tokens that each layer looks back; 0: no limit. The pattern is repeated over the depth
     return [config.window * (config.window_pattern[i % len(config.window_pattern)] == "S") for i in range(config.n_layer)]
-
-def mask_mod(docs: Tensor | None, window: int):
-    """The one attention rule: causal; within `window` tokens, if not 0; within a document, if docs [B, T] are given."""
-    def allowed(b, h, q, k):
-        ok = q >= k
-        if window: ok = ok & (q - k < window)
-        return ok if docs is None else ok & (docs[b, q] == docs[b, k])
-    return allowed
-
 def attention_mask(tokens: Tensor, window: int, config: Config):
-    """mask_mod for tokens [B, T] as the backend wants it: None (plain causal), a BlockMask, or bool [B or 1, 1, T, T]."""
-    B, T = tokens.shape
-    window = window if window < T else 0
-    if not (window or config.doc_mask): return None
-    docs = (tokens == config.vocab_size - 1).cumsum(1) if config.doc_mask else None
-    allowed, rows, i = mask_mod(docs, window), B if config.doc_mask else 1, torch.arange(T, device=tokens.device)
-    if config.attention == "flex": return create_block_mask(allowed, rows, None, T, T, device=tokens.device)
-    return allowed(torch.arange(rows, device=tokens.device)[:, None, None, None], 0, i[:, None], i)
-
+    """The one attention rule, for tokens [B, T]: causal; within `window` tokens, if not 0; with doc_mask within a document. As the
+    backend wants it: None (plain causal), a BlockMask, or bool [B or 1, 1, T, T]."""
+    (B, T), device = tokens.shape, tokens.device
+    if not (0 < window < T or config.doc_mask): return None
+    docs, rows, i = (tokens == config.vocab_size - 1).cumsum(1), B if config.doc_mask else 1, torch.arange(T, device=device)
+    def allowed(b, h, q, k):
+        ok = (q >= k) & (q - k < window) if window else q >= k
+        return ok & (docs[b, q] == docs[b, k]) if config.doc_mask else ok
+    if config.attention == "flex": return create_block_mask(allowed, rows, None, T, T, device=device)
+    return allowed(torch.arange(rows, device=device)[:, None, None, None], 0, i[:, None], i)
 def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
     """Attention of [B, H, T, head_dim] under an attention_mask; the mask knows the backend."""
     if isinstance(mask, BlockMask): return flex_attention(q, k, v, block_mask=mask)
@@ -406,8 +358,7 @@ class Linear(nn.Module):
         self.n_in, self.n_out, self.transposed = n_in, n_out, transposed
         self.weight = nn.Parameter(torch.empty((n_in, n_out) if transposed else (n_out, n_in)))
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight.to(x.dtype)
-        return x @ w if self.transposed else F.linear(x, w)
+        return x @ self.weight.to(x.dtype) if self.transposed else F.linear(x, self.weight.to(x.dtype))
 
 def ngram_hashes(tokens: Tensor, config: Config) -> list[Tensor]:
     """Table rows [B, T] of the last 2, 3, ... `ngram` tokens; all before the row or the document counts as a document's mark."""
@@ -436,15 +387,13 @@ class CausalSelfAttention(nn.Module):
         self.rotary = Rotary(config.n_embd // config.n_head, config.seq_len)
         self.value_lambda = nn.Parameter(torch.empty(())) if config.value_residual else None
     def forward(self, x: Tensor, v1: Tensor | None, mask) -> tuple[Tensor, Tensor]:
-        B, T, D = x.shape
-        q, k, v = (w(x).view(B, T, self.n_head, -1).transpose(1, 2) for w in (self.q, self.k, self.v))  # [B, H, T, head_dim]
+        q, k, v = (w(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))  # [B, H, T, head_dim]
         v1 = v if v1 is None else v1
         if self.value_lambda is not None:  # (1-λ)·v + λ·v1; value residual, arXiv 2410.17897, λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
-        if self.qk_norm:  # arXiv 2302.05442
-            q, k = norm(q), norm(k)
+        if self.qk_norm: q, k = norm(q), norm(k)  # arXiv 2302.05442
         y = attend(self.rotary(q), self.rotary(k), v, mask)
-        return self.o(y.transpose(1, 2).reshape(B, T, D)), v1
+        return self.o(y.transpose(1, 2).flatten(-2)), v1
 
 class MLP(nn.Module):
     def __init__(self, config: Config):
@@ -475,29 +424,23 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.padded_vocab)
         if not config.untie_head: self.lm_head.weight = self.wte.weight
-    def size(self) -> int: return sum(p.numel() for p in self.parameters())
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         masks = {window: attention_mask(tokens, window, self.config) for window in set(self.windows)}
         x = self.wte(tokens).to(self.dtype)  # [B, T, D]
         if self.ngrams:  # hashed bigrams: record of 1.65 min, January 2026; here longer ones, too, that share the width
             grams = torch.cat([table(rows) for table, rows in zip(self.ngrams, ngram_hashes(tokens, self.config))], dim=-1)
             x = x + F.pad(grams, (0, x.size(-1) - grams.size(-1)))
-        x = x0 = norm(x)
-        v1 = None
+        x, v1 = norm(x), None
+        x0 = x
         for block, window in zip(self.blocks, self.windows): x, v1 = block(x, v1, x0, masks[window])
         logits = self.lm_head(norm(x)).float()
-        if cap := self.config.softcap:  # Gemma 2, arXiv 2408.00118
-            logits = cap * torch.tanh(logits / cap)
+        if cap := self.config.softcap: logits = cap * torch.tanh(logits / cap)  # Gemma 2, arXiv 2408.00118
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-def seeded(*where) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone: equal on all ranks, whatever was drawn before."""
+def seeded(*where) -> torch.Generator:  # A CPU generator that depends on its arguments alone: equal on all ranks, whatever was drawn before
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:7], "little"))
-
-def uniform(p: Tensor, n_in: int, *where):
-    """Fill p from U(±1/√n_in), as torch.nn.Linear does."""
+def uniform(p: Tensor, n_in: int, *where):  # fill p from U(±1/√n_in), as torch.nn.Linear does
     p.copy_(torch.rand(p.shape, generator=seeded(*where)) * 2 * n_in**-0.5 - n_in**-0.5)
-
 @torch.no_grad()
 def init_weights(model: GPT, config: Config):
     """Every parameter's first value, by name. Errors: KeyError for a name without a rule."""
@@ -510,7 +453,6 @@ def init_weights(model: GPT, config: Config):
             p.copy_(torch.randn(p.shape, generator=seeded(config.seed, name)) * (1.0 if config.untie_head else 0.02))
         elif name.startswith("ngrams.") or zero[kind]: p.zero_()
         else: uniform(p, p.size(0) if kind == "down" else p.size(1), config.seed, name)
-
 def flops_per_token(config: Config) -> float:
     """Floating-point operations of forward and backward: 6 per weight in a matmul, and attention over its mean span."""
     weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab * config.n_embd
@@ -520,14 +462,13 @@ def flops_per_token(config: Config) -> float:
 # ------------------------------------------------------------------------------------------------------------ Optimizers
 class Optimizer:
     """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass says what the update is.
-    named: {name: parameter}; they and their gradients become views into `weights` and `grads`, [rows, *row_shape], padded so
-    that rows divide over ranks. row_shape: () where any element may go to any rank (Adam), else the matrix that must stay whole.
-    row_scale: {name: factor on the rate}. shards=1: every rank updates everything."""
-    def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, config: Config, runtime: Runtime,
-                 row_scale: dict[str, float] | None = None, shards: int = 0):
+    named: {name: parameter}; they and their gradients become views into `weights` and `grads`, [rows, *row_shape], padded to divide over
+    ranks. row_shape: () where any element may go to any rank (Adam), else the matrix that must stay whole. shards=1: every rank updates
+    everything. A parameter's attribute rate_scale, if any, is a factor on its rate."""
+    def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, config: Config, runtime: Runtime, method=None, shards=0):
         self.named, self.lr, self.config, self.runtime, self.shards = named, lr, config, runtime, shards or runtime.world_size
         self.state: dict[str, Tensor] = {}  # {name: [own rows, ...]}
-        self.steps, self.scale, self.method, self.work = 0, 1.0, Method(), None  # steps: updates since the moments began
+        self.steps, self.scale, self.row_scale, self.method, self.work = 0, 1.0, 1.0, method or Method(), None  # steps: since the moments began
         self.spans, rows, first = {}, 0, next(iter(named.values()))
         for name, p in named.items(): self.spans[name] = slice(rows, rows := rows + p.numel() // math.prod(row_shape))
         share, index = -(-rows // self.shards), runtime.rank if self.shards > 1 else 0
@@ -537,64 +478,58 @@ class Optimizer:
         for name, p in named.items():
             self.weights[self.spans[name]] = p.detach().view(-1, *row_shape)
             p.data, p.grad = (whole[self.spans[name]].view_as(p) for whole in (self.weights, self.grads))
-        self.row_scale = 1.0
-        if row_scale and set(row_scale.values()) != {1.0}:
-            self.row_scale = self.own_rows({name: torch.full((1,) * self.weights.ndim, row_scale[name]) for name in named})
-    def own_rows(self, named: dict[str, Tensor]) -> Tensor:
-        """This rank's rows of per-parameter tensors [its rows, ...]; padding rows are zero."""
+        scales = {name: torch.full((1,) * self.weights.ndim, getattr(p, "rate_scale", 1.0)) for name, p in named.items()}
+        if any(scale != 1 for scale in scales.values()): self.row_scale = self.own_rows(scales)
+    def own_rows(self, named: dict[str, Tensor]) -> Tensor:  # this rank's rows of per-parameter tensors [its rows, ...]; padding rows are zero
         like = next(iter(named.values()))
         whole = torch.zeros(len(self.weights), *like.shape[1:], dtype=like.dtype)
         for name, span in self.spans.items(): whole[span] = named[name]
         return whole[self.mine].to(self.weights.device)
-    def reduce(self):
-        """Start to sum the gradients over ranks, each rank's rows on that rank."""
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed it
-        sharded = self.shards > 1
-        self.work = scatter(self.grads[self.mine], self.grads, async_op=True) if sharded else self.runtime.reduce(self.grads)
+    def reduce(self):  # start to sum the gradients over ranks, each rank's rows on that rank
+        self.work = reduce_scatter(self.grads[self.mine], self.grads, async_op=True) if self.shards > 1 else self.runtime.reduce(self.grads)
     @torch.no_grad()
-    def step(self):
-        """Update this rank's rows, then start to gather everyone's."""
+    def step(self):  # update this rank's rows, then start to gather everyone's
         self.finish()
         self.steps += 1
         update = self.method.lift(self, self.update(self.method.project(self, self.grads[self.mine])))
         self.weights[self.mine].sub_(update * (self.lr * self.scale * self.row_scale))
         self.grads.zero_()
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        if self.shards > 1: self.work = gather(self.weights, self.weights[self.mine], async_op=True)
+        if self.shards > 1: self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
     def finish(self):
         if self.work: self.work.wait()
         self.work = None
-    def update(self, g: Tensor) -> Tensor:
-        """What to subtract, times the rate, for the gradient rows g [own rows, ...]."""
-        raise NotImplementedError
-    def read(self, name: str, like: Tensor) -> Tensor:
-        """A moment, fp32, zero at first. Change it in place, then write() it."""
-        return self.state[name] if name in self.state else torch.zeros_like(like, dtype=torch.float32)
-    def write(self, name: str, moment: Tensor): self.state[name] = moment
+    def update(self, g: Tensor) -> Tensor: raise NotImplementedError  # what to subtract, times the rate, for gradient rows [own rows, ...]
+    def run(self, rule, *args) -> Tensor: return (compiled(rule) if self.config.compile else rule)(*args)
+    def moment(self, name: str, like: Tensor) -> Tensor:  # fp32, zero at first, to be changed in place
+        if name not in self.state: self.state[name] = torch.zeros_like(like, dtype=torch.float32)
+        return self.state[name]
     def gather_state(self) -> dict:
         """{parameter: {"rule": class name, "steps": n, state name: its rows}}, whole, on the CPU of every rank."""
         whole = {param: {"rule": type(self).__name__, "steps": self.steps} for param in self.named}
         for name, own in self.state.items():
-            own = own.contiguous()
-            shards = [torch.empty_like(own) for _ in range(self.shards)] if self.shards > 1 else [own]
+            shards, own = [own] if self.shards == 1 else [torch.empty_like(own.contiguous()) for _ in range(self.shards)], own.contiguous()
             if self.shards > 1: dist.all_gather([s.view(torch.uint8) for s in shards], own.view(torch.uint8))
             rows = torch.cat([s.cpu() for s in shards])
             for param, span in self.spans.items(): whole[param][name] = rows[span].clone()
         return whole
     def load_state(self, whole: dict):
         """Inverse of gather_state, for any number of ranks. Errors: KeyError for a parameter that is not there, or of another rule."""
-        first, name = whole[next(iter(self.named))], type(self).__name__
-        if first["rule"] != name: raise KeyError(f"{next(iter(self.named))} was trained by {first['rule']}, not by {name}")
-        self.steps, names = first["steps"], first.keys() - {"rule", "steps"}
-        self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in sorted(names)}
+        first, rule = whole[next(iter(self.named))], type(self).__name__
+        if first["rule"] != rule: raise KeyError(f"{next(iter(self.named))} was trained by {first['rule']}, not by {rule}")
+        self.steps, names = first["steps"], sorted(first.keys() - {"rule", "steps"})
+        self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in names}
 
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed them
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+@functools.cache
+def compiled(rule): return torch.compile(rule, dynamic=False)  # once per update rule; each stack's shape is compiled for itself
 def adam_update(g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float, bias1: Tensor, bias2: Tensor) -> Tensor:
     """Adam, arXiv 1412.6980; bias: 1 - beta ** steps. Changes the moments m and v in place."""
     g = g.float()
     m.lerp_(g, 1 - beta1)
     v.lerp_(g * g, 1 - beta2)
     return (m / bias1) / ((v / bias2).sqrt() + eps)
-
 def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
     """Matrices [n, rows, cols] with singular values brought near 1 (0.7 to 1.2) by five steps, Keller Jordan's coefficients."""
     tall = g.size(-2) > g.size(-1)
@@ -605,76 +540,55 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
         x = 3.4445 * x + torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
     return (x.mT if tall else x).float()
 
-@functools.cache
-def compiled(rule):
-    """torch.compile, once per update rule; each stack's shape is compiled for itself."""
-    return torch.compile(rule, dynamic=False)
-
 class Adam(Optimizer):
     def update(self, g: Tensor) -> Tensor:
-        c, m, v = self.config, self.read("exp_avg", g), self.read("exp_avg_sq", g)
-        bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (c.beta1, c.beta2))
-        u = (compiled(adam_update) if c.compile else adam_update)(g, m, v, c.beta1, c.beta2, c.adam_eps, bias1, bias2)
-        self.write("exp_avg", m)
-        self.write("exp_avg_sq", v)
-        return u
+        c, bias1, bias2 = self.config, *(torch.tensor(1 - beta**self.steps) for beta in (self.config.beta1, self.config.beta2))
+        return self.run(adam_update, g, self.moment("exp_avg", g), self.moment("exp_avg_sq", g), c.beta1, c.beta2, c.adam_eps, bias1, bias2)
 
 class Adagrad(Optimizer):
     """Rate over the root of the sum of all squared gradients (Duchi et al., JMLR 2011): rare rows take large steps when their turn comes."""
     def update(self, g: Tensor) -> Tensor:
-        total = self.read("sum_sq", g).addcmul_(g.float(), g.float())
-        self.write("sum_sq", total)
-        return g / (total.sqrt() + 1e-12)
+        return g / (self.moment("sum_sq", g).addcmul_(g.float(), g.float()).sqrt() + 1e-12)
 
 class Muon(Optimizer):
     """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon). NorMuon (arXiv
     2510.05491) then divides each row of a tall matrix, column of a wide one, by its running RMS and keeps the update's norm."""
     def update(self, g: Tensor) -> Tensor:
-        c, momentum, m = self.config, momentum_at(self.steps - 1, self.config), self.read("momentum", g)
-        u = g + momentum * m.mul_(momentum).add_(g)
-        self.write("momentum", m)
-        u = (compiled(newton_schulz) if c.compile else newton_schulz)(u, torch.bfloat16 if c.bf16 else torch.float32)
+        c, momentum, m = self.config, momentum_at(self.steps - 1, self.config), self.moment("momentum", g)
+        u = self.run(newton_schulz, g + momentum * m.mul_(momentum).add_(g), torch.bfloat16 if c.bf16 else torch.float32)
         if not c.normuon: return u
         square = u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True)
-        mean = self.read("row_sq", square).lerp_(square, 1 - c.normuon)
-        self.write("row_sq", mean)
-        even = u / (mean / (1 - c.normuon**self.steps) + 1e-16).sqrt()
+        mean = self.moment("row_sq", square).lerp_(square, 1 - c.normuon) / (1 - c.normuon**self.steps)
+        even = u / (mean + 1e-16).sqrt()
         return even * (u.norm(dim=(-2, -1), keepdim=True) / (even.norm(dim=(-2, -1), keepdim=True) + 1e-7))
 
 def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape."""
-    wte, ngrams, head, scalars, matrices = {}, {}, {}, {}, {}
+    c, groups = config, {}
     for name, p in model.named_parameters():
-        hidden = matrices if name.startswith("blocks.") and p.ndim == 2 else scalars
-        (head if p is model.lm_head.weight else wte if p is model.wte.weight else ngrams if name.startswith("ngrams.") else hidden)[name] = p
-    groups = ((wte, config.lr_embed), (head, config.lr_head), (scalars, config.lr_scalar))
-    optimizers = [Adam(group, lr, (), config, runtime) for group, lr in groups if group]
-    if ngrams: optimizers.append(Adagrad(ngrams, config.lr_ngram, (), config, runtime))
-    rule = config.galore_inner if config.galore else config.matrix_optimizer
-    return optimizers + stack_matrices(model, matrices, rule, config, runtime, methods)
-
+        kind = ("matrices" if p.ndim == 2 else "scalars") if name.startswith("blocks.") else name.split(".")[0]
+        groups.setdefault("lm_head" if p is model.lm_head.weight else kind, {})[name] = p
+    rates = dict(wte=(Adam, c.lr_embed), lm_head=(Adam, c.lr_head), scalars=(Adam, c.lr_scalar), ngrams=(Adagrad, c.lr_ngram))
+    optimizers = [rule(groups[kind], lr, (), c, runtime) for kind, (rule, lr) in rates.items() if kind in groups]
+    return optimizers + stack_matrices(model, groups["matrices"], c.galore_inner if c.galore else c.matrix_optimizer, c, runtime, methods)
 def stack_matrices(model: nn.Module, matrices: dict, rule: str, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
     """Optimizers for the named hidden matrices, one per shape (with galore_per_layer: one per matrix)."""
-    method, alone, groups, optimizers = next((m for m in methods if m.transforms), Method()), config.galore_per_layer, {}, []
-    lr, scale = config.lr_muon if rule == "muon" else config.lr_adam, {}
+    method, alone, groups = next((m for m in methods if m.transforms), Method()), config.galore_per_layer, {}
     for name, p in matrices.items():
-        groups.setdefault(name if alone else p.shape, {})[name] = p
         linear = model.get_submodule(name.rpartition(".")[0])
         n_in, n_out = (linear.n_in, linear.n_out) if p is linear.weight else reversed(p.shape)
         # An orthogonal update times √(out / in) changes outputs by the same amount whatever the shape; Adam needs none
-        scale[name] = (max(1.0, n_out / n_in) ** 0.5 if rule == "muon" else 1.0) * getattr(p, "lr_mult", 1.0)
-    for group in groups.values():
-        shape, own = tuple(next(iter(group.values())).shape), {name: scale[name] for name in group}
-        optimizers.append(method.optimizers[rule](group, lr, shape, config, runtime, own, shards=int(alone)))
-        optimizers[-1].method = method
-    return optimizers
+        p.rate_scale = (max(1.0, n_out / n_in) ** 0.5 if rule == "muon" else 1.0) * getattr(p, "lr_mult", 1.0)
+        groups.setdefault((name if alone else "", *p.shape), {})[name] = p
+    new, lr = method.optimizers[rule], config.lr_muon if rule == "muon" else config.lr_adam
+    return [new(group, lr, shape, config, runtime, method, int(alone)) for (_, *shape), group in groups.items()]
 
 # --------------------------------------------------------------------------------------------------------------- Methods
 class Method:
     """An optional method: hooks that default to nothing, so that the hot path has no branch for any of them."""
     transforms = False  # do project and lift change updates?
     optimizers = {"muon": Muon, "adam": Adam}
-    def __init__(self, config: Config | None = None): self.config = config
+    def __init__(self, config: Config | None = None, log=print): self.config, self.log = config, log
     def attach(self, model: GPT): ...  # after init, before optimizers and compile
     def project(self, optimizer: Optimizer, g: Tensor) -> Tensor: return g  # gradient rows, on their rank, before the update
     def lift(self, optimizer: Optimizer, u: Tensor) -> Tensor: return u  # the update, back to the weights' shape
@@ -687,79 +601,80 @@ class Method:
 class LoRALinear(Linear):
     """y = x Wᵀ + s·(x Aᵀ) Bᵀ: W frozen, A [r, in], B [out, r] zero at first, so the function is the same as before."""
     def __init__(self, linear: Linear, rank: int, scale: float):
-        nn.Module.__init__(self)
-        self.n_in, self.n_out, self.transposed, self.weight = linear.n_in, linear.n_out, linear.transposed, linear.weight
-        self.weight.requires_grad_(False).grad = None
-        self.scale, device = scale, self.weight.device
-        self.A, self.B = (nn.Parameter(torch.empty(*shape, device=device)) for shape in ((rank, self.n_in), (self.n_out, rank)))
+        super().__init__(linear.n_in, linear.n_out, linear.transposed)
+        self.weight, self.scale = linear.weight.requires_grad_(False), scale
+        self.weight.grad = None
+        self.A, self.B = (nn.Parameter(self.weight.new_empty(shape)) for shape in ((rank, self.n_in), (self.n_out, rank)))
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-    def merged(self) -> Tensor:
-        delta = self.scale * (self.B @ self.A)
-        return self.weight + (delta.T if self.transposed else delta)
+    def merged(self) -> Tensor: return self.weight + self.scale * ((self.B @ self.A).T if self.transposed else self.B @ self.A)
+
+def layers_of(model: nn.Module, kind: type) -> dict[str, Linear]:
+    return {name: m for name, m in model.named_modules() if name.startswith("blocks.") and type(m) is kind}
 
 class ReLoRA(Method):
     """High-rank training through low-rank updates (arXiv 2307.05695): after a warm start each hidden Linear becomes a LoRALinear;
     every interval B A is merged into the fp32 W, A drawn anew, B zero, moments pruned, the rates re-warmed (lr_at)."""
-    def adapters(self, model: GPT) -> dict[str, LoRALinear]:
-        return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     def renew(self, step: int, model: GPT):
-        for name, layer in self.adapters(model).items():
+        for name, layer in layers_of(model, LoRALinear).items():
             uniform(layer.A, layer.n_in, self.config.seed, "relora", step, name)
             layer.B.zero_()
     @torch.no_grad()
     def resume(self, step: int, run: "Run"):
         c, model = self.config, run.model
-        if step < c.relora_warm_start or self.adapters(model): return
-        for name, linear in [(n, m) for n, m in model.named_modules() if n.startswith("blocks.") and type(m) is Linear]:
+        if step < c.relora_warm_start or layers_of(model, LoRALinear): return
+        for name, linear in layers_of(model, Linear).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(linear, c.relora, c.relora_alpha / c.relora))
         self.renew(step, model)
-        matrices = {name: p for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
+        adapters = {name: p for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
         run.optimizers = [o for o in run.optimizers if o.weights.ndim != 3]  # those of the frozen matrices go, with their state
-        run.optimizers += stack_matrices(model, matrices, c.relora_optimizer, c, run.runtime, [])
+        run.optimizers += stack_matrices(model, adapters, c.relora_optimizer, c, run.runtime, [])
     @torch.no_grad()
     def after_step(self, step: int, run: "Run"):
-        c, layers = self.config, self.adapters(run.model)
+        c, layers = self.config, layers_of(run.model, LoRALinear).values()
         if layers and (step - c.relora_warm_start) % c.relora_interval == 0 and step < c.steps:
-            for layer in layers.values(): layer.weight.copy_(layer.merged())
+            for layer in layers: layer.weight.copy_(layer.merged())
             self.renew(step, run.model)
             for optimizer in run.optimizers:
                 if optimizer.weights.ndim == 3 and optimizer.state: self.prune(optimizer)
         self.resume(step, run)
     def prune(self, optimizer: Optimizer):
-        """Keep the largest entries of each matrix's first moment and the same ones of the second; all else becomes zero.
-        Adam's count restarts at 1, what is kept rescaled to the same unbiased mean: else pruned entries would be corrected for
-        steps that they have forgotten."""
+        """Keep the largest entries of each first moment and the same ones of the second. Adam's count restarts at 1, what is kept
+        rescaled to the same unbiased mean: else pruned entries would be corrected for steps that they have forgotten."""
         c, state = self.config, optimizer.state
         first = state["exp_avg" if "exp_avg" in state else "momentum"].flatten(1)
         kept = first.abs().topk(round(first.size(1) * (1 - c.relora_prune)), dim=1).indices
         keep, betas = torch.zeros_like(first).scatter_(1, kept, 1.0), dict(exp_avg=c.beta1, exp_avg_sq=c.beta2, momentum=0.0)
         for name in betas.keys() & state.keys():
-            moment = state[name]
-            moment.mul_(keep.view_as(moment)).mul_((1 - betas[name]) / (1 - betas[name] ** optimizer.steps))
-        optimizer.steps = 1 if "exp_avg" in state else optimizer.steps
+            state[name].mul_(keep.view_as(state[name])).mul_((1 - betas[name]) / (1 - betas[name] ** optimizer.steps))
+        if "exp_avg" in state: optimizer.steps = 1
 
 class EightBit:
     """Moments in float8 with an fp32 scale per 256 entries (block-wise like 8-bit Adam, arXiv 2110.02861).
     The second moment is stored as its root: float8's range of 2^18 is then one of 2^36."""
-    def read(self, name: str, like: Tensor) -> Tensor:
-        if name not in self.state: return super().read(name, like)
-        values = (self.state[name].view(torch.float8_e4m3fn).float() * self.state[name + "_scale"]).flatten(1)
-        values = values[:, : like[0].numel()].reshape(like.shape)
-        return values.square() if name == "exp_avg_sq" else values
-    def write(self, name: str, moment: Tensor):
-        values = (moment.sqrt() if name == "exp_avg_sq" else moment).flatten(1)
-        values = F.pad(values, (0, -values.size(1) % 256)).unflatten(1, (-1, 256))
-        scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448  # the largest float8_e4m3fn
-        self.state[name], self.state[name + "_scale"] = (values / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
+    def moment(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.opened and name in self.state:
+            values = (self.state[name].view(torch.float8_e4m3fn).float() * self.state[name + "_scale"]).flatten(1)
+            values = values[:, : like[0].numel()].reshape(like.shape)
+            self.opened[name] = values.square() if name == "exp_avg_sq" else values
+        return self.opened.setdefault(name, torch.zeros_like(like, dtype=torch.float32))
+    def step(self):
+        self.opened = {}  # moments in fp32, during this step
+        super().step()
+        for name, moment in self.opened.items():
+            values = (moment.sqrt() if name == "exp_avg_sq" else moment).flatten(1)
+            values = F.pad(values, (0, -values.size(1) % 256)).unflatten(1, (-1, 256))
+            scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448  # the largest float8_e4m3fn
+            self.state |= {name: (values / scale).to(torch.float8_e4m3fn).view(torch.uint8), name + "_scale": scale}
+        self.opened = {}
 
 class PerLayer:
     """Update a matrix in the backward pass, as its gradient arrives, then free the gradient (LOMO, arXiv 2306.09782)."""
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        (p,), self.grads = self.named.values(), None
-        p.grad = None
+        (p,) = self.named.values()
+        self.grads = p.grad = None
         p.register_post_accumulate_grad_hook(self.arrived)
     def arrived(self, p: Tensor):
         self.grads = p.grad.view_as(self.weights)
@@ -776,13 +691,12 @@ class GaLore(Method):
     C squared entry by entry, as if entries were uncorrelated."""
     transforms = True
     def __init__(self, config: Config, log=print):
-        self.config, self.log = config, log
+        super().__init__(config, log)
         mixins = (PerLayer,) * config.galore_per_layer + (EightBit,) * (config.galore_bits == 8)
         self.optimizers = {rule: type(f"GaLore{base.__name__}", (*mixins, base), {}) for rule, base in Method.optimizers.items()}
     def project(self, optimizer: Optimizer, g: Tensor) -> Tensor:
-        tall, r = g.size(-2) >= g.size(-1), self.config.galore
-        if "P" not in optimizer.state:  # [rows, shorter side, r]; zero until the row has had a gradient
-            optimizer.state["P"] = torch.zeros(len(g), min(g.shape[1:]), r, device=g.device)
+        tall, r = g.size(-2) >= g.size(-1), self.config.galore  # P: [rows, shorter side, r]; zero until the row has had a gradient
+        if "P" not in optimizer.state: optimizer.state["P"] = torch.zeros(len(g), min(g.shape[1:]), r, device=g.device)
         P, live = optimizer.state["P"], g.flatten(1).any(1)  # behind zero-initialised weights the first gradients are zero
         due = live if (optimizer.steps - 1) % self.config.galore_interval == 0 else live & ~P.flatten(1).any(1)
         if due.any(): self.refresh(optimizer, g, due, tall)
@@ -797,31 +711,26 @@ class GaLore(Method):
             U, _, Vh = torch.linalg.svd(g[due].float(), full_matrices=False)
             P[due] = (Vh.mT if tall else U)[..., :r]
         except torch.linalg.LinAlgError:
-            kept = P[due].flatten(1).any(1)[:, None, None]
-            P[due] = torch.where(kept, P[due], torch.linalg.qr(noise)[0])
-            self.log(f"galore: an SVD did not converge at update {optimizer.steps} (stack of {next(iter(optimizer.named))}): "
-                     f"{int(kept.sum())} projections kept, {int((~kept).sum())} drawn at random")
+            P[due] = torch.where(P[due].flatten(1).any(1)[:, None, None], P[due], torch.linalg.qr(noise)[0])  # keep, or draw at random
+            self.log(f"galore: an SVD did not converge at update {optimizer.steps} (stack of {next(iter(optimizer.named))}); old bases kept, random ones where there was none")
         change, like = old.mT @ P, g[..., :r] if tall else g[:, :r]  # old basis to new; the same basis where a row was not due
         for name in {"exp_avg", "exp_avg_sq", "momentum"} & set(optimizer.state):
-            turn, moment = change.square() if name == "exp_avg_sq" else change, optimizer.read(name, like)
-            turned = moment @ turn if tall else turn.mT @ moment
-            optimizer.write(name, torch.where(due[:, None, None], turned, moment))
+            turn, moment = change.square() if name == "exp_avg_sq" else change, optimizer.moment(name, like)
+            moment[due] = (moment @ turn if tall else turn.mT @ moment)[due]
 
 class LAWA(Method):
     """Latest weight averaging: the mean of the last k snapshots, one every interval (arXiv 2306.03241). eval: validate on it, train on
     untouched; replace: train on from it, too. ReLoRA's adapters are averaged merged (W + s·B A, then B = 0)."""
-    def __init__(self, config: Config): self.config, self.window, self.place = config, [], None
+    window, place = (), None
     @torch.no_grad()
     def after_step(self, step: int, run: "Run"):
         c, device = self.config, run.runtime.device
         if step % c.lawa_interval: return
         weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        for name, module in run.model.named_modules():
-            if isinstance(module, LoRALinear):
-                weights |= {f"{name}.weight": module.merged().detach(), f"{name}.B": torch.zeros_like(module.B)}
-        if self.place is None:  # on the device, if the window fits into a third of the free memory, else on the host
-            window_bytes = c.lawa * sum(t.nbytes for t in weights.values())
-            self.place = device if run.runtime.cuda and window_bytes < torch.cuda.mem_get_info()[0] / 3 else torch.device("cpu")
+        for name, layer in layers_of(run.model, LoRALinear).items():
+            weights |= {f"{name}.weight": layer.merged().detach(), f"{name}.B": torch.zeros_like(layer.B)}
+        size = c.lawa * sum(t.nbytes for t in weights.values())  # on the device, if the window fits into a third of its free memory
+        self.place = self.place or (device if run.runtime.cuda and size < torch.cuda.mem_get_info()[0] / 3 else torch.device("cpu"))
         same_model = [old for old in self.window if old.keys() == weights.keys()]
         self.window = (same_model + [{name: t.to(self.place) for name, t in weights.items()}])[-c.lawa:]
         if c.lawa_mode == "replace" and len(self.window) == c.lawa: self.put(run.model, self.mean())
@@ -840,17 +749,15 @@ class LAWA(Method):
     def load_state_dict(self, state: dict): self.window = state["window"]
 
 class SuPar(Method):
-    """SuPar, sparse maximal update parameterization (arXiv 2405.15743); at sparsity 0 it is muP (arXiv 2203.03466).
-    Static random masks of density rho on the hidden matrices. With m_d = width / base width, against the standard model: hidden init
-    variance 1 / rho (the fan-in init holds 1 / m_d), Adam's hidden rate 1 / (m_d rho), logits 1 / m_d. Attention keeps its
-    1 / sqrt(head_dim), as QK-norm fixes the size of q and k; a norm follows the embedding. Muon, found here: one spectral norm at every
-    width, so no m_d; the unmasked gradient is orthogonalised (a masked one has no leading direction left to normalise), and the rate
-    times rho ** -0.25 keeps the best rate in place (records/methods: 0.25 to 0.28; updates of dense size would need 0.75)."""
+    """SuPar, sparse maximal update parameterization (arXiv 2405.15743); at sparsity 0 it is muP (arXiv 2203.03466). Static random masks of
+    density rho on the hidden matrices. With m_d = width / base width, against the standard model: hidden init variance 1 / rho (the
+    fan-in init holds 1 / m_d), Adam's hidden rate 1 / (m_d rho), logits 1 / m_d. Attention keeps its 1 / sqrt(head_dim), as QK-norm fixes
+    the size of q and k. Muon, found here: one spectral norm at every width, so no m_d; the unmasked gradient is orthogonalised (a masked
+    one has no leading direction left), and the rate times rho ** -0.25 keeps the best rate in place (records/methods)."""
     transforms, MUON_POWER = True, 0.25
-    def __init__(self, config: Config): self.config, self.masks = config, {}
     @torch.no_grad()
     def attach(self, model: GPT):
-        c = self.config
+        c, self.masks = self.config, {}
         m_d, density = c.n_embd / (c.mup_base_width or c.n_embd), 1 - c.sparsity
         for name, p in model.named_parameters():
             if name.startswith("blocks.") and p.ndim == 2:
@@ -865,9 +772,8 @@ class SuPar(Method):
         return u * optimizer.state["mask"]
 
 def make_methods(config: Config, log=print) -> list[Method]:
-    on = ((config.relora, ReLoRA), (config.galore, functools.partial(GaLore, log=log)), (config.sparsity or config.mup_base_width, SuPar),
-          (config.lawa, LAWA))  # LAWA last: it sees what the others have done
-    return [method(config) for wanted, method in on if wanted]
+    on = dict(relora=ReLoRA, galore=GaLore, sparsity=SuPar, mup_base_width=SuPar, lawa=LAWA)  # LAWA last: it sees what the others did
+    return [method(config, log) for method in dict.fromkeys(method for name, method in on.items() if getattr(config, name))]
 
 # ------------------------------------------------------------------------------------------------------------- Schedules
 def resolve(config: Config, device: torch.device) -> Config:
@@ -879,23 +785,19 @@ def resolve(config: Config, device: torch.device) -> Config:
     if c.relora:
         start = c.relora_warm_start or c.steps // 4
         interval = c.relora_interval or max(1, (c.steps - start) // 4)
-        new |= dict(relora_alpha=c.relora_alpha or c.relora / 4, relora_warm_start=start, relora_interval=interval,
-                    relora_rewarm=c.relora_rewarm or max(1, interval // 10))
+        new |= dict(relora_alpha=c.relora_alpha or c.relora / 4, relora_warm_start=start, relora_interval=interval)
+        new["relora_rewarm"] = c.relora_rewarm or max(1, interval // 10)
     if c.lawa:
         new["lawa_interval"] = every = c.lawa_interval or max(1, c.steps // 100)
         refuse(c.lawa * every > c.steps, f"--lawa {c.lawa}: snapshots every {every} of {c.steps} steps never fill the window; lower one of them")
     return dataclasses.replace(c, **new)
-
 def lr_at(step: int, config: Config) -> float:
     """Factor on all rates for update `step`, 0-based: linear warm-up, constant, linear cool-down; jagged with ReLoRA."""
-    c = config
+    c, since_wrap = config, step - config.relora_warm_start
     factor = min(1.0, (step + 1) / max(1, c.warmup), (c.steps - step) / max(1, round(c.cooldown * c.steps)))
-    if c.relora and step >= c.relora_warm_start:  # after the wrap and each merge, from near zero back to the same curve
-        factor *= min(1.0, ((step - c.relora_warm_start) % c.relora_interval + 1) / c.relora_rewarm)
-    return factor
-
-def momentum_at(step: int, config: Config) -> float:
-    """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024)."""
+    if not c.relora or since_wrap < 0: return factor
+    return factor * min(1.0, (since_wrap % c.relora_interval + 1) / c.relora_rewarm)  # from near zero back to the same curve
+def momentum_at(step: int, config: Config) -> float:  # Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024)
     share = min(1.0, step / max(1, config.momentum_warmup))
     return (1 - share) * min(0.85, config.momentum) + share * config.momentum
 
@@ -904,20 +806,27 @@ class Clock:
     """Training time. Synchronises the device at every start and stop; nothing else in this file measures training."""
     def __init__(self, device: torch.device):
         self.seconds, self.since, self.sync = 0.0, None, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    def start(self):
-        self.sync()
-        self.since = time.perf_counter()
-    def stop(self):
-        self.sync()
-        self.seconds, self.since = self.ms / 1000, None
+    def now(self) -> float: return self.sync() or time.perf_counter()
+    def start(self): self.since = self.now()
+    def stop(self): self.seconds, self.since = self.seconds + self.now() - self.since, None
     @contextlib.contextmanager
     def paused(self):
         self.stop()
         yield
         self.start()
     @property
-    def ms(self) -> float:  # so far, without synchronising
-        return 1000 * (self.seconds + (time.perf_counter() - self.since if self.since else 0.0))
+    def ms(self) -> float: return 1000 * (self.seconds + (time.perf_counter() - self.since if self.since else 0.0))  # so far, unsynchronised
+
+def write_whole(path: Path, data: bytes):
+    """The file appears complete or not at all: written aside, synced, renamed. Errors: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path.with_suffix(".tmp"), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path.with_suffix(".tmp"), path)
+    finally: path.with_suffix(".tmp").unlink(missing_ok=True)
 
 class Log:
     """logs/<run_id>.txt and the screen, on rank 0: the source, the facts, the steps, the result.
@@ -926,74 +835,53 @@ class Log:
         self.run_id = runtime.exchange("run_id", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid.uuid4().hex[:6]}")[0]
         self.path, self.main, self.live = Path(config.log_dir, f"{self.run_id}.txt"), runtime.rank == 0, sys.stdout.isatty()
         self.lines, self.shown, self.behind = [SOURCE.removesuffix("\n")], 0.0, True  # behind: the file lacks lines
-        if self.main: self.write(fatal=f"--log_dir {config.log_dir}: no log can be written there")
-    def write(self, fatal: str = ""):
-        """Append the newest line, or, where the file lacks more than that, write all of it aside and rename."""
-        whole = self.behind or not self.path.exists()
-        target = self.path.with_suffix(".tmp") if whole else self.path
+        self.write(fatal=f"--log_dir {config.log_dir}: no log can be written there")
+    def write(self, fatal: str = ""):  # append the newest line, or write the whole file where it lacks more than that
+        if not self.main: return
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(target, "w" if whole else "a", encoding="utf-8", newline="\n") as file:
-                file.write("\n".join(self.lines if whole else self.lines[-1:]) + "\n")
-            if whole: os.replace(target, self.path)
+            if self.behind or not self.path.exists(): write_whole(self.path, "\n".join([*self.lines, ""]).encode())
+            else:
+                with open(self.path, "ab") as file: file.write(f"{self.lines[-1]}\n".encode())
             self.behind = False
         except OSError as error:
             refuse(fatal, f"{fatal} ({error.strerror}); free space, or name another --log_dir")
-            note = f"train_gpt.py: {self.path}: {error.strerror}; training goes on, its log waits in memory"
-            if not self.behind: print(note, file=sys.stderr, flush=True)
+            if not self.behind: print(f"train_gpt.py: {self.path}: {error.strerror}; training goes on, its log waits in memory", file=sys.stderr)
             self.behind = True
-    def line(self, text: str, echo: bool = False):
-        """Append a line to the log; echo: and print it."""
-        if not self.main: return
-        if echo: print(("\r\033[K" if self.live else "") + text, flush=True)
+    def line(self, text: str, echo: bool = False):  # into the log; echo: and onto the screen
+        if echo and self.main: print(("\r\033[K" if self.live else "") + text, flush=True)
         self.lines.append(text)
         self.write()
     def close(self):
-        if self.main and (self.behind or not self.path.exists()):
-            self.write(fatal=f"{self.path}: the run is over, but its log cannot be written")
+        if self.behind or not self.path.exists(): self.write(fatal=f"{self.path}: the run is over, but its log cannot be written")
     def header(self, config: Config, runtime: Runtime, argv: list[str], data: dict[str, str]):
-        cuda, driver = torch.version.cuda, "/proc/driver/nvidia/version"
-        facts = dict(run_id=self.run_id, python=platform.python_version(), torch=torch.__version__, cuda=cuda if runtime.cuda else "none",
-                     driver=grep(driver, r"Module\D*([\d.]+)") if runtime.cuda else "none", device=device_name(runtime.device),
-                     cpu=f"{grep('/proc/cpuinfo', r'model name.*: (.*)')}, {torch.get_num_threads()} threads",
-                     world_size=runtime.world_size, argv=" ".join(argv), source_sha256=SOURCE_SHA256, data=json.dumps(data),
-                     config=json.dumps(dataclasses.asdict(config)))
+        cpu, driver = grep("/proc/cpuinfo", r"model name.*: (.*)"), grep("/proc/driver/nvidia/version", r"Module\D*([\d.]+)")
+        facts = dict(run_id=self.run_id, python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda if runtime.cuda else "none",
+                     driver=driver if runtime.cuda else "none", device=device_name(runtime.device), cpu=f"{cpu}, {torch.get_num_threads()} threads",
+                     world_size=runtime.world_size, argv=" ".join(argv), source_sha256=SOURCE_SHA256, data=json.dumps(data), config=json.dumps(vars(config)))
         for text in ("=" * 100, *(f"{name}: {value}" for name, value in facts.items()), "=" * 100): self.line(text)
-    def step(self, step: int, steps: int, kind: str, loss: float, ms: float):
-        """The public speedrun's line; kind: val or train."""
-        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms"
-        self.line(f"step:{step}/{steps} {kind}_loss:{loss:.4f} {times}", echo=kind == "val")
-    def progress(self, text: str):
-        """The live line: rewritten in place on a terminal, every ten seconds elsewhere."""
+    def step(self, step: int, steps: int, kind: str, loss: float, ms: float):  # the public speedrun's line; kind: val or train
+        self.line(f"step:{step}/{steps} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms", echo=kind == "val")
+    def progress(self, text: str):  # the live line: rewritten in place on a terminal, every ten seconds elsewhere
         if self.main and time.monotonic() - self.shown > (0.2 if self.live else 10):
             self.shown = time.monotonic()
             print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", flush=True)
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
+def device_name(device: torch.device) -> str: return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 def grep(path: str, pattern: str) -> str:
     found = re.search(pattern, Path(path).read_text()) if os.path.exists(path) else None
-    return found.group(1) if found else platform.machine()
+    return found[1] if found else platform.machine()
 
 # Dense bf16 FLOP/s by the vendors' data sheets; the first name found in the device's counts
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "5090": 210e12,
              "4090": 165e12, "A6000": 155e12, "L4": 121e12, "3090": 71e12, "A10G": 70e12}
 
 # ------------------------------------------------------------------------------------------------------------ Checkpoint
-@dataclass
 class Run:
-    """All that training changes."""
-    config: Config
-    runtime: Runtime
-    model: GPT
-    methods: list
-    optimizers: list
-    clock: Clock | None = None
-    log: Log | None = None
-    data: dict | None = None
-    step: int = 0  # updates done
-    resumed: bool = False
+    """All that training changes. data: {file name: sha256}; step: updates done; signal: number of the one that asks this process to stop."""
+    def __init__(self, config: Config, runtime: Runtime, model: GPT, methods: list, optimizers=(), clock=None, log=None, data=None, step: int = 0):
+        self.config, self.runtime, self.model, self.methods, self.optimizers = config, runtime, model, methods, list(optimizers)
+        self.clock, self.log, self.data, self.step, self.resumed, self.signal = clock, log, data, step, False, 0
+    size = property(lambda self: sum(p.numel() for p in self.model.parameters()))
     def state(self) -> dict:
         """All of it, on the CPU, by name, the same for any number of ranks. A collective: every rank must call it."""
         return {"model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}, "rng": torch.get_rng_state(),
@@ -1009,30 +897,21 @@ class Run:
         try:
             for method in self.methods: method.resume(state["step"], self)
             self.load_state(state)
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{path} does not fit this model or method ({brief(error)[:90]})") from None
+        except (KeyError, RuntimeError) as error: raise UserError(f"{path} does not fit this model or method ({brief(error)[:90]})") from None
 
 def save_checkpoint(run: Run):
-    """checkpoint_dir/<run_id>/step_<n>.pt: torch.save and the sha256 of that; written aside, fsynced, renamed."""
-    state, folder, buffer, log = run.state(), Path(run.config.checkpoint_dir, run.log.run_id), io.BytesIO(), run.log
+    """checkpoint_dir/<run_id>/step_<n>.pt: torch.save and the sha256 of that. A collective."""
+    state, path, log, file = run.state(), Path(run.config.checkpoint_dir, run.log.run_id, f"step_{run.step:06d}.pt"), run.log, io.BytesIO()
+    state |= dict(step=run.step, train_seconds=run.clock.seconds, config=vars(run.config), data_sha256=run.data, source_sha256=SOURCE_SHA256,
+                  log=[text for text in log.lines if text.startswith(("step:", "resumed:"))])
     if run.runtime.rank == 0:
-        path, temporary = folder / f"step_{run.step:06d}.pt", folder / "writing.tmp"
-        torch.save(state | dict(step=run.step, train_seconds=run.clock.seconds, config=dataclasses.asdict(run.config), data_sha256=run.data,
-                                source_sha256=SOURCE_SHA256, log=[t for t in log.lines if t.startswith(("step:", "resumed:"))]), buffer)
+        torch.save(state, file)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "wb") as file:
-                file.write(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            for old in sorted(folder.glob("step_*.pt"))[: -run.config.checkpoint_keep]: old.unlink()
+            write_whole(path, file.getvalue() + hashlib.sha256(file.getvalue()).digest())
+            for old in sorted(path.parent.glob("step_*.pt"))[: -run.config.checkpoint_keep]: old.unlink()
             log.line(f"checkpoint: {path}")
-        except OSError as error:
-            log.line(f"checkpoint: {path} could not be written ({error.strerror}); training goes on without it", echo=True)
-            with contextlib.suppress(OSError): temporary.unlink()
+        except OSError as error: log.line(f"checkpoint: {path} could not be written ({error.strerror}); training goes on without it", echo=True)
     run.runtime.exchange(f"saved {run.step}", True)  # the others wait here: a collective would time out
-
 def read_checkpoint(path: Path) -> dict:
     """Errors: UserError when the file cannot be read or is not, bit for bit, what save_checkpoint wrote."""
     try:
@@ -1043,45 +922,33 @@ def read_checkpoint(path: Path) -> dict:
         return state
     except Exception as error:  # unreadable, damaged, or whatever torch makes of a foreign file: the user needs one line
         raise UserError(f"{path}: damaged or not a checkpoint ({brief(error)[:90]})") from None
-
-def find_checkpoint(wanted: str, checkpoint_dir: str, say, accept=lambda state: True) -> tuple[Path, dict]:
+def find_checkpoint(wanted: str, folder: str, say, accept=lambda state: True) -> tuple[Path, dict]:
     """The checkpoint at a path, or the latest; one that is damaged is named, and the next older one taken."""
-    path, where = Path(wanted), f"in {checkpoint_dir}" if wanted == "latest" else wanted
-    if wanted == "latest":
-        candidates = sorted(Path(checkpoint_dir).glob("*/step_*.pt"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
-    else:
-        older = sorted((p for p in path.parent.glob("step_*.pt") if p.name < path.name), reverse=True)
-        candidates = [path, *older] if path.is_file() else []
-    refuse(not candidates, f"no checkpoint {where}: train with --checkpoint_every N first")
-    for path in candidates:
+    path, latest = Path(wanted), wanted == "latest"
+    if latest: found = sorted(Path(folder).glob("*/step_*.pt"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
+    else: found = [path] * path.is_file() + sorted((p for p in path.parent.glob("step_*.pt") if p.name < path.name), reverse=True)
+    refuse(not (found if latest else path.is_file()), f"no checkpoint {f'in {folder}' if latest else wanted}: train with --checkpoint_every N first")
+    for path in found:
         try:
             if accept(state := read_checkpoint(path)): return path, state
-        except UserError as error:
-            say(f"{error}; looking for an older one")
-    raise UserError(f"none of {len(candidates)} checkpoints in {candidates[0].parent} can be used; start again without --resume")
-
-def differences(state: dict, config: Config, data: dict) -> list[str]:
-    """What has changed between the run that wrote a checkpoint and this one."""
-    before, now = state["config"], dataclasses.asdict(config)
+        except UserError as error: say(f"{error}; looking for an older one")
+    raise UserError(f"none of {len(found)} checkpoints in {found[0].parent} can be used; start again without --resume")
+def differences(state: dict, run: Run) -> list[str]:  # what has changed between the run that wrote a checkpoint and this one
+    before, now = state["config"], vars(run.config)
     found = [f"--{name} {before.get(name)} -> {now[name]}" for name in now if name not in RUN_LOCAL and before.get(name) != now[name]]
-    found += ["the source of train_gpt.py"] * (state["source_sha256"] != SOURCE_SHA256)
-    return found + ["the data"] * (state["data_sha256"] != data)
-
+    return found + ["the source of train_gpt.py"] * (state["source_sha256"] != SOURCE_SHA256) + ["the data"] * (state["data_sha256"] != run.data)
 def resume(run: Run):
     """Go on from --resume; in a process that torchrun has restarted, from this run's own newest checkpoint if there is one."""
     c, say = run.config, functools.partial(run.log.line, echo=True)
     restarted = c.checkpoint_every and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not (c.resume or restarted): return
-    def own(state: dict) -> bool: return not (restarted and differences(state, c, run.data))
-    try:
-        path, state = find_checkpoint("latest" if restarted else c.resume, c.checkpoint_dir, say, own)
+    def usable(state: dict) -> bool: return not (restarted and differences(state, run))
+    try: path, state = find_checkpoint("latest" if restarted else c.resume, c.checkpoint_dir, say, usable)
     except UserError as error:
-        if c.resume or not restarted: raise
+        if c.resume: raise
         return say(f"restarted from step 0: {error}")
-    changed, step = differences(state, c, run.data), state["step"]
-    refuse(changed and not c.resume_anyway,
-           f"{path} is from another run: {'; '.join(changed)}. Give the flags of that run, or --resume_anyway")
-    steps = run.runtime.exchange("resume", step)
+    changed, step, steps = differences(state, run), state["step"], run.runtime.exchange("resume", state["step"])
+    refuse(changed and not c.resume_anyway, f"{path} is from another run: {'; '.join(changed)}. Give the flags of that run, or --resume_anyway")
     refuse(len(set(steps)) > 1, f"the ranks found checkpoints of different steps, {steps}: --checkpoint_dir must be a shared folder")
     refuse(step > c.steps, f"{path} is from step {step}, but the run ends at {c.steps}: nothing left to train")
     run.restore(path, state)
@@ -1091,65 +958,47 @@ def resume(run: Run):
 
 # -------------------------------------------------------------------------------------------------------------- Evaluate
 def largest_divisor(n: int, at_most: int) -> int: return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
-
 @torch.no_grad()
 def evaluate(forward, shards: Shards, config: Config, runtime: Runtime, micro: int) -> float:
     """Mean cross-entropy, nats per token, of the first val_tokens tokens of the validation shards, each seen once."""
     rows, T = config.val_tokens // config.seq_len, config.seq_len
     first, last = (rank * rows // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
-    chunk = largest_divisor(last - first, micro) if last > first else 1  # one shape, compiled once
-    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for row in range(first, last, chunk):
+    chunk, total = largest_divisor(max(1, last - first), micro), torch.zeros((), dtype=torch.float64, device=runtime.device)
+    for row in range(first, last, chunk):  # one shape, compiled once
         flat = torch.from_numpy(shards.read(row * T, chunk * T + 1).astype(np.int64)).to(runtime.device)
         total += forward(flat[:-1].view(chunk, T), flat[1:].view(chunk, T)).double() * chunk
     if work := runtime.reduce(total): work.wait()
     return total.item() / rows
-
 def tokenizer(config: Config):
     """(encode, decode) of the data's vocabulary: bytes for byte shards, tiktoken's gpt2 for all others."""
-    if config.vocab_size == 257:
-        return lambda text: list(text.encode()), lambda tokens: bytes(token for token in tokens if token < 256)
+    if config.vocab_size == 257: return lambda text: list(text.encode()), lambda tokens: bytes(token for token in tokens if token < 256)
     try:
         import tiktoken  # only sampling needs it
         gpt2 = tiktoken.get_encoding("gpt2")
+        return gpt2.encode_ordinary, gpt2.decode_bytes
     except Exception as error:  # not installed, or offline without its tables
-        why = f"--generate needs tiktoken's gpt2 tables ({type(error).__name__})"
-        raise UserError(f"{why}: go online once, or set TIKTOKEN_CACHE_DIR") from None
-    return gpt2.encode_ordinary, gpt2.decode_bytes
-
+        raise UserError(f"--generate needs tiktoken's gpt2 tables ({type(error).__name__}): go online once, or set TIKTOKEN_CACHE_DIR") from None
 @torch.no_grad()
 def generate(config: Config):
     """Print config.generate and what the model of a checkpoint makes of it, as it comes."""
     path, state = find_checkpoint(config.checkpoint, config.checkpoint_dir, print)
     c = Config(**{name: value for name, value in state["config"].items() if name in FIELDS} | dict(attention="sdpa"))
-    run = build(c, init_runtime(config))
+    run, (encode, decode), draw, out = build(c, init_runtime(config)), tokenizer(c), seeded(config.seed, "generate"), sys.stdout.buffer
     run.restore(path, state)
-    (encode, decode), end, draw, out = tokenizer(c), c.vocab_size - 1, seeded(config.seed, "generate"), sys.stdout.buffer
-    tokens = [end, *encode(config.generate)]
+    tokens = [c.vocab_size - 1, *encode(config.generate)]
     out.write(config.generate.encode())
     for _ in range(config.generate_tokens):
         logits = run.model(torch.tensor([tokens[-c.seq_len:]], device=run.runtime.device))[0, -1, : c.vocab_size].cpu()
-        best = F.one_hot(logits.argmax(), c.vocab_size).float()
-        odds = torch.softmax(logits / config.temperature, 0) if config.temperature else best
+        odds = torch.softmax(logits / max(config.temperature, 1e-6), 0)  # at 0: one for the likeliest
         tokens.append(int(torch.multinomial(odds, 1, generator=draw)))
-        if tokens[-1] == end: break
+        if tokens[-1] == c.vocab_size - 1: break
         out.write(decode(tokens[-1:]))
-        sys.stdout.flush()
+        out.flush()
     print()
 
 # ----------------------------------------------------------------------------------------------------------------- Train
 class Stopped(Exception):
     """A signal ended the run; args: its number."""
-
-class Signals:
-    """SIGTERM and SIGINT are obeyed after the current step; a second one ends the process at once."""
-    received = 0
-    @classmethod
-    def listen(cls):
-        def note(number, frame):
-            if cls.received: os._exit(128 + number)
-            cls.received = number
-        for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, note)
 
 def forward_backward(forward, inputs: Tensor, targets: Tensor, micro: int, world_size: int) -> Tensor:
     """Add the gradients of the global mean loss, `micro` rows at a time. Returns this rank's share of that loss."""
@@ -1159,130 +1008,94 @@ def forward_backward(forward, inputs: Tensor, targets: Tensor, micro: int, world
         loss.backward()
         total += loss.detach()
     return total
-
-def update(run: Run):
-    """One optimizer update. All collectives are under way before the first is waited for."""
+def update(run: Run):  # one optimizer update. All collectives are under way before the first is waited for
     for optimizer in run.optimizers: optimizer.reduce()
     for optimizer in run.optimizers: optimizer.step()
     for optimizer in run.optimizers: optimizer.finish()
-
 def warm_up(run: Run, forward) -> int:
     """Compile and run everything once on random tokens, before the clock starts, then put weights and state back.
     Returns the micro-batch: --micro_batch, or a guess from the free memory that is halved while it does not fit."""
-    c, runtime, device, before, fits = run.config, run.runtime, run.runtime.device, run.state(), [False]
-    share = c.rows // runtime.world_size
-    micro = c.micro_batch or share
-    if runtime.cuda and not c.micro_batch:
-        row_bytes = c.seq_len * (10 * c.padded_vocab + 70 * c.n_layer * c.n_embd)  # of logits and activations, about
-        micro = largest_divisor(share, max(1, min(int(0.85 * torch.cuda.mem_get_info(device)[0] / row_bytes), 65536 // c.seq_len)))
-    near = largest_divisor(share, micro)
-    refuse(share % micro, f"--micro_batch {micro} does not divide the {share} rows of a rank; nearest below: {near}")
-    while not all(fits):
-        refuse(c.galore_per_layer and micro < share, "--galore_per_layer updates in the backward pass, so it takes a rank's "
-               f"{share} rows at once, but the micro-batch is {micro}: lower --batch_tokens")
+    c, runtime, device, before, share = run.config, run.runtime, run.runtime.device, run.state(), run.config.rows // run.runtime.world_size
+    row_bytes = c.seq_len * (10 * c.padded_vocab + 70 * c.n_layer * c.n_embd)  # of logits and activations, about
+    fitting = min(int(0.85 * torch.cuda.mem_get_info(device)[0] / row_bytes), 65536 // c.seq_len) if runtime.cuda else share
+    micro = c.micro_batch or largest_divisor(share, max(1, fitting))
+    refuse(share % micro, f"--micro_batch {micro} does not divide the {share} rows of a rank; nearest below: {largest_divisor(share, micro)}")
+    while True:
+        refuse(c.galore_per_layer and micro < share, f"--galore_per_layer updates in the backward pass, so it takes a rank's {share} rows at "
+                                                     f"once, but the micro-batch is {micro}: lower --batch_tokens")
         inputs, targets = split(torch.randint(c.vocab_size, (micro, c.seq_len + 1), generator=seeded("warm-up", runtime.rank)).to(device))
         try:
             forward_backward(forward, inputs, targets, micro, runtime.world_size)
             with torch.no_grad(): forward(inputs, targets)
-            fit = True
-        except torch.OutOfMemoryError:
-            fit = False
-        fits = runtime.exchange(f"fits {micro}", fit)
-        if not all(fits):
-            refuse(micro == 1, "not even one row fits into the device's memory: lower --seq_len or the model's size")
-            micro = largest_divisor(share, micro // 2)
-            torch.cuda.empty_cache()
+            fits = True
+        except torch.OutOfMemoryError: fits = False
+        if all(runtime.exchange(f"fits {micro}", fits)): break
+        refuse(micro == 1, "not even one row fits into the device's memory: lower --seq_len or the model's size")
+        micro = largest_divisor(share, micro // 2)
+        torch.cuda.empty_cache()
     update(run)  # also leaves no gradient behind
     run.load_state(before)
     if runtime.cuda: torch.cuda.reset_peak_memory_stats()
     return micro
-
 def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) -> float:
     """From run.step to the end. Returns the last validation loss. Errors: UserError when a loss is not finite; Stopped."""
-    c, runtime, clock, log, first, val_loss, unread = run.config, run.runtime, run.clock, run.log, run.step, math.nan, None
-    lag = runtime.cuda and not c.galore_per_layer  # read a loss one step late: the device never waits for us
-    def check(kind: str, loss: float):
-        if math.isfinite(loss): return
+    c, runtime, clock, log, first, val_loss = run.config, run.runtime, run.clock, run.log, run.step, math.nan
+    def checked(kind: str, loss: float) -> float:
+        if math.isfinite(loss): return loss
         log.line(f"diverged: step {run.step} {kind}_loss {loss} last val_loss {val_loss:.4f}")
-        why = f"the loss became {loss} at step {run.step} (last val loss {val_loss:.4f})"
-        raise UserError(f"{why}: lower the learning rates; log {log.path}")
-    def settle():
-        """Read the last update's loss and stop flag. They were summed over ranks, so all ranks decide alike."""
-        nonlocal unread
-        if unread is None: return
-        (health, work), unread = unread, None
-        if work: work.wait()
-        loss, stop = health.tolist()
-        check("train", loss)
-        log.step(run.step, c.steps, "train", loss, clock.ms)
-        seconds_per_step = (clock.ms - started) / 1000 / (run.step - first)
-        log.progress(f"step {run.step}/{c.steps}  loss {loss:.4f}  {c.batch_tokens / seconds_per_step:,.0f} tokens/s  "
-                     f"{seconds_per_step * (c.steps - run.step):.0f} s left")
-        if stop: raise Stopped(Signals.received or signal.SIGTERM)
+        raise UserError(f"the loss became {loss} at step {run.step} (last val loss {val_loss:.4f}): lower the learning rates; log {log.path}")
     started, stream = clock.ms, batches.stream(run.step, c.steps, runtime)
     clock.start()
     while True:
         if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
-            settle()
             with clock.paused(), contextlib.ExitStack() as averaged:
                 for method in run.methods: averaged.enter_context(method.eval_weights(run.model))
-                check("val", new := evaluate(forward, val, c, runtime, micro))
-            val_loss = new
+                val_loss = checked("val", evaluate(forward, val, c, runtime, micro))
             log.step(run.step, c.steps, "val", val_loss, clock.ms)
-        if run.step == c.steps:
-            clock.stop()
-            return val_loss
+        if run.step == c.steps: return val_loss
         inputs, targets = next(stream)
-        if not lag: settle()
         for optimizer in run.optimizers: optimizer.scale = lr_at(run.step, c)  # now: galore_per_layer updates during backward
         loss = forward_backward(forward, inputs, targets, micro, runtime.world_size)
-        settle()
-        health = torch.stack((loss, torch.full_like(loss, Signals.received > 0)))
-        unread = health, runtime.reduce(health)
+        health = torch.stack((loss, torch.full_like(loss, run.signal > 0)))
+        if work := runtime.reduce(health): work.wait()  # summed over ranks, so all ranks decide alike
         update(run)
         run.step += 1
         for method in run.methods: method.after_step(run.step, run)
+        loss, stop = health.tolist()  # the one time in a step that we wait for the device
+        log.step(run.step, c.steps, "train", checked("train", loss), clock.ms)
+        seconds = (clock.ms - started) / 1000 / (run.step - first)
+        log.progress(f"step {run.step}/{c.steps}  loss {loss:.4f}  {c.batch_tokens / seconds:,.0f} tokens/s  {seconds * (c.steps - run.step):.0f} s left")
+        if stop: raise Stopped(run.signal or signal.SIGTERM)
         if c.checkpoint_every and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
-            settle()
             with clock.paused(): save_checkpoint(run)
-
 def result_of(run: Run, val_loss: float, warmup_ms: float) -> dict:
     """The log's last line."""
     c, ms, runtime, name = run.config, 1000 * run.clock.seconds, run.runtime, device_name(run.runtime.device)
     rate, peak = c.steps * c.batch_tokens / ms * 1000, next((flops for card, flops in BF16_PEAK.items() if card in name), None)
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    memory = torch.cuda.max_memory_allocated() if runtime.cuda else int(kilobytes * 1024)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     result = dict(run_id=run.log.run_id, preset=c.preset, seed=c.seed, steps=c.steps, tokens=c.steps * c.batch_tokens,
                   val_loss=round(val_loss, 6), val_tokens=c.val_tokens, target_val_loss=c.target, target_reached=val_loss <= c.target,
                   train_time_ms=round(ms), step_avg_ms=round(ms / c.steps, 3), warmup_ms=round(warmup_ms), tokens_per_second=round(rate),
-                  world_size=runtime.world_size, device=name, peak_memory_bytes=memory, param_count=run.model.size(),
-                  optimizer_state_bytes=sum(t.nbytes for o in run.optimizers for t in o.state.values()), resumed=run.resumed)
+                  world_size=runtime.world_size, device=name, resumed=run.resumed, param_count=run.size,
+                  peak_memory_bytes=torch.cuda.max_memory_allocated() if runtime.cuda else resident,
+                  optimizer_state_bytes=sum(t.nbytes for o in run.optimizers for t in o.state.values()))
     if peak: result["mfu"] = round(rate * flops_per_token(c) / (peak * runtime.world_size), 4)
     if c.vocab_size == 257: result["bits_per_byte"] = round(val_loss / math.log(2), 4)
-    return result | dict(source_sha256=SOURCE_SHA256, data_sha256=run.data, config=dataclasses.asdict(c))
-
-def closing_line(result: dict, path: Path) -> str:
-    gap, bits = result["target_val_loss"] - result["val_loss"], result.get("bits_per_byte")
-    return (f"val_loss {result['val_loss']:.4f}{f' ({bits:.3f} bits per byte)' if bits else ''}, target {result['target_val_loss']:.4f} "
-            f"{'reached' if gap >= 0 else 'missed'} by {abs(gap):.4f} in {result['train_time_ms'] / 1000:.1f} s of training | log {path}")
-
+    return result | dict(source_sha256=SOURCE_SHA256, data_sha256=run.data, config=vars(c))
 def check_inputs(config: Config, runtime: Runtime, train: Shards, tokens: int, val: Shards) -> dict[str, str]:
     """Hash the shards that this run reads, on every rank, and hold all ranks to the same. Returns {file name: sha256}."""
     data = train.verify(tokens, config.vocab_size) | val.verify(config.val_tokens + 1, config.vocab_size)
-    ours = {"source": SOURCE_SHA256, "data": data, "flags": {k: v for k, v in dataclasses.asdict(config).items() if k not in RUN_LOCAL}}
+    ours = {"source": SOURCE_SHA256, "data": data, "flags": {k: v for k, v in vars(config).items() if k not in RUN_LOCAL}}
     for rank, theirs in enumerate(runtime.exchange("inputs", ours)):
         odd = " and ".join(what for what in ours if ours[what] != theirs[what])
         refuse(odd, f"rank {rank} and rank {runtime.rank} have different {odd}: all ranks must train on the same")
     return data
-
-def build(config: Config, runtime: Runtime, log=print) -> Run:
-    """The model at its first weights, on its device, with its methods; no optimizers yet."""
+def build(config: Config, runtime: Runtime, log=print) -> Run:  # the model at its first weights, on its device, with its methods; no optimizers yet
     model, methods = GPT(config), make_methods(config, log)
     init_weights(model, config)
     model.to(runtime.device)
     for method in methods: method.attach(model)
-    return Run(config, runtime, model, methods, [])
-
+    return Run(config, runtime, model, methods)
 def train(config: Config, runtime: Runtime, argv: list[str]):
     """A whole run, from the shards to the result line."""
     shards, val = Shards(config.train_files, "train_files"), Shards(config.val_files, "val_files")
@@ -1292,60 +1105,50 @@ def train(config: Config, runtime: Runtime, argv: list[str]):
     say = functools.partial(log.line, echo=True)
     log.header(config, runtime, argv, data)
     run = build(config, runtime, say)
-    run.optimizers = make_optimizers(run.model, config, runtime, run.methods)
-    run.clock, run.log, run.data = Clock(runtime.device), log, data
-    say(f"{config.preset}: {run.model.size():,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens, "
+    run.optimizers, run.clock, run.log, run.data = make_optimizers(run.model, config, runtime, run.methods), Clock(runtime.device), log, data
+    def obey(number, frame):  # after the current step; a second signal ends the process at once
+        if run.signal: os._exit(128 + number)
+        run.signal = number
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, obey)
+    say(f"{config.preset}: {run.size:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens, "
         f"{runtime.world_size} x {device_name(runtime.device)}, attention {config.attention}, compile {config.compile}")
-    if run.methods:  # with the values that were chosen for the user
-        names = ("relora", "galore", "lawa", "sparsity", "mup_base_width")
-        used = {n: v for n, v in vars(config).items() if any(n.startswith(m) and getattr(config, m) for m in names)}
-        say("methods: " + ", ".join(f"{name} {value}" for name, value in used.items()))
+    on = tuple(name for name in ("relora", "galore", "lawa", "sparsity", "mup_base_width") if getattr(config, name))
+    if on: say("methods: " + ", ".join(f"{name} {value}" for name, value in vars(config).items() if name.startswith(on)))  # with the chosen values
     resume(run)
     begun, forward = time.perf_counter(), torch.compile(run.model, dynamic=False) if config.compile else run.model
-    micro = warm_up(run, forward)
-    warmup_ms = 1000 * (time.perf_counter() - begun)
+    micro, warmup_ms = warm_up(run, forward), 1000 * (time.perf_counter() - begun)
     say(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batch {micro} rows")
     try:
-        val_loss = training_loop(run, forward, batches, val, micro)
+        result = result_of(run, training_loop(run, forward, batches, val, micro), warmup_ms)
     except Stopped as stop:
         run.clock.stop()
         if config.checkpoint_every: save_checkpoint(run)
         say(f"stopped by {signal.Signals(stop.args[0]).name} after step {run.step}")
         log.close()
         raise
-    result = result_of(run, val_loss, warmup_ms)
     log.line(json.dumps(result))
     log.close()
-    if log.main: print(closing_line(result, log.path))
-
+    gap, bits = config.target - result["val_loss"], f" ({result['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in result else ""
+    outcome = f"target {config.target:.4f} {'reached' if gap >= 0 else 'missed'} by {abs(gap):.4f}"
+    if log.main: print(f"val_loss {result['val_loss']:.4f}{bits}, {outcome} in {run.clock.seconds:.1f} s of training | log {log.path}")
 def main(argv: list[str] | None = None) -> int:
-    argv, runtime, rank, code = sys.argv[1:] if argv is None else argv, None, int(os.environ.get("RANK", 0)), 0
-    if {"--help", "-h"} & set(argv):
-        for name, comment, default in flag_table(): print(f"  --{name:<18} {comment} [{default}]")
-        print(f"\nBooleans: --name, --no_name. In [ ]: the defaults of gpt2_small. Presets: {', '.join(PRESETS)}.")
-        return 0
+    argv, runtime, code = sys.argv[1:] if argv is None else argv, None, 0
     try:
         config = parse_config(argv, "gpt2_small" if torch.cuda.is_available() else "laptop")
-        if config.generate:
-            generate(config)
-            return 0
-        Signals.listen()
+        if config.generate: return generate(config) or 0
         runtime = init_runtime(config)
         train(resolve(config, runtime.device), runtime, argv)
-    except Stopped as stop:
-        code = 128 + stop.args[0]
+    except Stopped as stop: code = 128 + stop.args[0]
     except (UserError, torch.OutOfMemoryError) as error:
-        message = str(error) if isinstance(error, UserError) else "out of memory: give a smaller --micro_batch than the log's"
-        tell_failure(runtime, rank, message, code := 2)
+        tell_failure(runtime, error if isinstance(error, UserError) else "out of memory: give a smaller --micro_batch than the log's", code := 2)
     except Exception as error:
         if runtime and runtime.store and isinstance(error, RuntimeError):
             time.sleep(config.rank_timeout)  # most likely a peer is gone: watch_peers knows which, and ends us
         else: traceback.print_exc()
-        tell_failure(runtime, rank, f"rank {rank}: {type(error).__name__}: {error}", code := 1)
+        tell_failure(runtime, f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", code := 1)
     if runtime and runtime.store:
         runtime.leaving.set()
-        for thread in threading.enumerate():
-            if thread.name == "watch_peers": thread.join(timeout=5)  # it must not use the store while that is torn down
+        runtime.watcher.join(timeout=5)  # it must not use the store while that is torn down
         if code:  # peers may never answer again, so no farewell: the launcher ends them
             sys.stdout.flush()
             time.sleep(2)  # the store may live in this process: let the others read from it what went wrong

@@ -116,8 +116,9 @@ def run(argv: list[str]) -> Outcome:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(train_gpt, "result_of", keep_weights), \
                 mock.patch.object(train_gpt.Log, "__init__", keep_path):
             code = train_gpt.main([str(word) for word in argv])
+    except SystemExit as ended:  # --help
+        code = ended.code
     finally:
-        train_gpt.Signals.received = 0
         for number, handler in handlers.items():
             signal.signal(number, handler)
     texts = [stream.buffer.getvalue().decode(errors="replace") for stream in (out, err)]
