@@ -3,7 +3,7 @@
     ./run.sh                                    any machine: sets up, gets the data, picks the preset
     torchrun --nproc_per_node=8 train_gpt.py    8 GPUs;     python train_gpt.py --help    every flag
 
-The whole trainer is this file, at most 1,160 lines (a test counts). From top to bottom:
+The whole trainer is this file, at most 1,100 lines (a test counts). From top to bottom:
 
     Config         every setting is a typed field, a --flag and a part of the log; PRESETS are instances of it
     Runtime        which process this is, how processes agree, how one failure is told to all
@@ -16,14 +16,10 @@ The whole trainer is this file, at most 1,160 lines (a test counts). From top to
     Checkpoint     a run is never lost: save, find, resume bit for bit
     Evaluate       validation loss, and sampling from a trained model
     Train          warm-up before the clock, the loop, main()
-
 The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt; --preset nov2024) and what beat it in records/.
 """
-import argparse, contextlib, ctypes, dataclasses, difflib, functools, glob, hashlib, io, json, math, os, platform, re, resource
+import argparse, concurrent.futures, contextlib, ctypes, dataclasses, datetime, difflib, functools, glob, hashlib, io, json, math, os, platform, re, resource
 import signal, sys, threading, time, traceback, uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +33,11 @@ SOURCE = Path(__file__).read_bytes().decode("utf-8")  # read first: the log hold
 SOURCE_SHA256 = hashlib.sha256(SOURCE.encode("utf-8")).hexdigest()
 
 # ---------------------------------------------------------------------------------------------------------------- Config
-class UserError(Exception):
-    """Something that only the user can mend: told in one line, exit code 2, no traceback."""
+class UserError(Exception): """Something that only the user can mend: told in one line, exit code 2, no traceback."""
 def refuse(bad, line: str):
     if bad: raise UserError(line)
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """One run. Every field is a flag: --steps 50; booleans --bf16, --no_bf16. The comments are the --help."""
     # run
@@ -129,20 +124,18 @@ class Config:
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
 
     def __post_init__(self):  # every rule that a single config must obey
-        get, fields = functools.partial(getattr, self), type(self).__dataclass_fields__
+        get, fields, T = functools.partial(getattr, self), type(self).__dataclass_fields__, self.seq_len
         for name, field in fields.items():
             value, low, high = get(name), int(name in POSITIVE), AT_MOST.get(name, {int: 2**63 - 1, float: sys.float_info.max}.get(field.type))
             refuse(value not in CHOICES.get(name, [value]), f"--{name} {value}: must be one of {', '.join(map(str, CHOICES.get(name, [])))}")
-            bounds = f"must be a number from {low} {f'to {high}' if name in AT_MOST else 'up'}"
-            refuse(high and not low <= value <= high, f"--{name} {value}: {bounds}")
+            refuse(high and not low <= value <= high, f"--{name} {value}: must be a number from {low} {f'to {high}' if name in AT_MOST else 'up'}")
             method, given = name.split("_")[0], value != field.default
             if given and name != method and method in ("relora", "galore", "lawa"):
                 refuse(not get(method), f"--{name} does nothing without --{method}")
-                late = name.endswith(("interval", "start", "rewarm")) and value >= self.steps
-                refuse(late, f"--{name} {value} is not shorter than the run of {self.steps} steps")
+                lasts = value if name.endswith(("interval", "start", "rewarm")) else 0  # updates
+                refuse(lasts >= self.steps, f"--{name} {value} is not shorter than the run of {self.steps} steps")
         for name in ("batch_tokens", "val_tokens"):
-            near = max(1, round(get(name) / self.seq_len)) * self.seq_len
-            refuse(get(name) % self.seq_len, f"--{name} {get(name)} is not divisible by --seq_len {self.seq_len}; nearest: {near}")
+            refuse(get(name) % T, f"--{name} {get(name)} is not divisible by --seq_len {T}; nearest: {max(1, round(get(name) / T)) * T}")
         for name in ("relora", "galore"): refuse(get(name) > self.n_embd, f"--{name} {get(name)}: rank above that of the matrices, {self.n_embd}")
         refuse(self.n_embd % (2 * self.n_head), f"--n_embd {self.n_embd} over --n_head {self.n_head} must give an even whole head_dim")
         refuse(self.ngram == 1 or self.ngram > self.n_embd, f"--ngram {self.ngram}: must be 0 (off), or from 2 up to --n_embd {self.n_embd}")
@@ -151,8 +144,7 @@ class Config:
         refuse(self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
         refuse(self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)")
         on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
-        clash = len(on) > 1 and on != ["sparsity", "mup_base_width"]
-        refuse(clash, f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way")
+        refuse(len(on) > 1 and on != ["sparsity", "mup_base_width"], f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way")
     rows = property(lambda self: self.batch_tokens // self.seq_len)  # of a global batch
     padded_vocab = property(lambda self: -(-self.vocab_size // 64) * 64)  # matmuls like multiples of 64
 
@@ -164,7 +156,7 @@ POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", 
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
              "resume_anyway", "rank_timeout", "generate", "checkpoint", "generate_tokens", "temperature"}  # not part of what is trained
 FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
-PRESETS = {
+PRESETS = {name: Config(preset=name, **fields) for name, fields in {
     "nov2024": {},  # the fields' defaults: 8xH100 record of 8 November 2024
     "gpt2_small": dict(normuon=0.95),
     "gpt2_medium": dict(normuon=0.95, n_layer=24, n_head=8, n_embd=1024, steps=6000, target=2.92),
@@ -172,8 +164,7 @@ PRESETS = {
     "laptop": dict(train_files="data/laptop/laptop_train_*.bin", val_files="data/laptop/laptop_val_*.bin", vocab_size=257, n_layer=2,
                    n_head=2, n_embd=128, ngram=5, batch_tokens=2048, seq_len=128, val_tokens=262144, val_every=50, steps=195, target=1.26,
                    spread_rows=True, lr_muon=0.04, lr_head=0.008, cooldown=0.6, momentum_warmup=40, bf16=False),
-}
-PRESETS = {name: Config(preset=name, **fields) for name, fields in PRESETS.items()}
+}.items()}
 
 def flag_table() -> list[tuple[str, str, object]]:  # (flag, its comment in Config, default in gpt2_small): what --help and the README print
     body = SOURCE.split("class Config:", 1)[1].split("def __post_init__", 1)[0]
@@ -208,9 +199,7 @@ class Runtime:
         if not self.store: return [value]
         self.store.set(f"{key}/{self.rank}", json.dumps(value))
         return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
-    def reduce(self, tensor: Tensor):  # start to sum it over ranks, in place; the work to wait for, None when alone
-        return dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None
-
+    def reduce(self, tensor: Tensor): return dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None  # the work to wait for
 def init_runtime(config: Config) -> Runtime:
     """Device and process group: the one place that touches CUDA or the network."""
     rank, local_rank, world_size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
@@ -219,18 +208,17 @@ def init_runtime(config: Config) -> Runtime:
     refuse(cuda and not gpus, "--device cuda: no usable CUDA device on this machine; leave --device out to train on the CPU")
     refuse(cuda and local_rank >= gpus, f"more processes than the {gpus} GPUs of this machine: lower NPROC")
     fits = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - world_size))[:2]
-    refuse(rows % world_size, f"{world_size} processes do not divide the {rows} rows of a batch (batch_tokens / seq_len); "
-                              f"nearest that do: {' and '.join(map(str, sorted(fits)))}")
+    refuse(rows % world_size, f"{world_size} processes do not divide the {rows} rows of a batch; nearest that do: {' and '.join(map(str, sorted(fits)))}")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda: torch.cuda.set_device(device)
     elif platform.libc_ver()[0] == "glibc":
         # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: freed tensors stay in the heap. Fresh pages made a step up to 10 times as long
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)): ctypes.CDLL(None).mallopt(option, value)
     if world_size == 1: return Runtime(device)
-    store = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))[0]
+    store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=30)))[0]
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
-                            timeout=timedelta(seconds=config.rank_timeout), device_id=device if cuda else None)
+                            timeout=datetime.timedelta(seconds=config.rank_timeout), device_id=device if cuda else None)
     runtime = Runtime(device, rank, world_size, store)
     runtime.watcher = threading.Thread(target=watch_peers, args=(runtime, 0.8 * config.rank_timeout), daemon=True)
     runtime.watcher.start()
@@ -250,8 +238,7 @@ def watch_peers(runtime: Runtime, patience: float):
                     os._exit(1)
         store.set(f"beat/{runtime.rank}", "done")
 def brief(error) -> str: return (str(error).splitlines() or ["unknown error"])[0]  # all that a user gets of a message
-def tell_failure(runtime: Runtime | None, message: str, code: int):
-    """One line, from the first rank to fail; also into $SPEEDRUN_ERROR_FILE, for a script that started us."""
+def tell_failure(runtime: Runtime | None, message: str, code: int):  # one line, from the first rank to fail; also into $SPEEDRUN_ERROR_FILE
     line, first = f"train_gpt.py: {brief(message)}", not int(os.environ.get("LOCAL_RANK") or 0)
     with contextlib.suppress(RuntimeError, OSError, AttributeError):  # alone, or no store left to ask
         first = runtime.store.compare_set("first to fail", "", str(runtime.rank)) == str(runtime.rank).encode()
@@ -279,7 +266,7 @@ class Shards:
         parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
         while count:
             path, at = self.paths[shard], start - int(self.ends[shard])  # from the shard's end
-            refuse(not os.path.exists(path) or file_stat(path) != self.stats[shard], f"{path}: the shard changed during the run; stopped before training on it")
+            refuse(not os.path.exists(path) or file_stat(path) != self.stats[shard], f"{path}: changed during the run; stopped before training on it")
             parts.append(self.maps[shard][at : min(at + count, 0) or None])
             start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
         return np.concatenate(parts)
@@ -291,16 +278,13 @@ class Shards:
         for path, whole in zip(self.paths[: np.searchsorted(self.ends, tokens) + 1], self.maps):
             name, manifest = os.path.basename(path), Path(path).with_name("manifest.json")
             worst, digest = int(whole[512:].max()), hashlib.sha256(whole).hexdigest()
-            try:
-                recorded = json.loads(manifest.read_text())["files"].get(name, {}).get("sha256", digest) if manifest.exists() else digest
-            except (OSError, ValueError, KeyError, AttributeError, TypeError): raise UserError(f"{manifest}: cannot be read; delete it, then "
-                                                                                               "fetch or prepare the shards again") from None
+            try: recorded = json.loads(manifest.read_text())["files"].get(name, {}).get("sha256", digest) if manifest.exists() else digest
+            except (OSError, ValueError, KeyError, AttributeError, TypeError): raise UserError(f"{manifest}: cannot be read; delete it") from None
             refuse(worst >= vocab_size, f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; wrong data for this preset?")
             refuse(digest != recorded, f"{path}: not the shard that manifest.json records (sha256); fetch or prepare it again")
             refuse(name in digests, f"{path}: another shard of this run has the same file name; rename one")
             digests[name] = digest
         return digests
-
 def file_stat(path: str): return (found := os.stat(path)).st_ino, found.st_size, found.st_mtime_ns
 
 class Batches:
@@ -323,12 +307,11 @@ class Batches:
         def read(step: int) -> Tensor:
             rows = torch.from_numpy(self.batch_at(step, slice(runtime.rank * share, (runtime.rank + 1) * share)).astype(np.int64))
             return rows.pin_memory() if runtime.cuda else rows
-        with ThreadPoolExecutor(1) as reader:
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(read, start)
             for step in range(start + 1, stop + 1):
                 rows, ahead = ahead.result(), reader.submit(read, min(step, stop - 1))
                 yield split(rows.to(runtime.device, non_blocking=True))
-
 def split(rows: Tensor) -> tuple[Tensor, Tensor]: return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # [B, T + 1]: inputs, targets
 
 # ----------------------------------------------------------------------------------------------------------------- Model
@@ -346,8 +329,7 @@ def attention_mask(tokens: Tensor, window: int, config: Config):
         return ok & (docs[b, q] == docs[b, k]) if config.doc_mask else ok
     if config.attention == "flex": return create_block_mask(allowed, rows, None, T, T, device=device)
     return allowed(torch.arange(rows, device=device)[:, None, None, None], 0, i[:, None], i)
-def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
-    """Attention of [B, H, T, head_dim] under an attention_mask; the mask knows the backend."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:  # of [B, H, T, head_dim] under an attention_mask; the mask knows the backend
     if isinstance(mask, BlockMask): return flex_attention(q, k, v, block_mask=mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
@@ -357,9 +339,7 @@ class Linear(nn.Module):
         super().__init__()
         self.n_in, self.n_out, self.transposed = n_in, n_out, transposed
         self.weight = nn.Parameter(torch.empty((n_in, n_out) if transposed else (n_out, n_in)))
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight.to(x.dtype) if self.transposed else F.linear(x, self.weight.to(x.dtype))
-
+    def forward(self, x: Tensor) -> Tensor: return x @ self.weight.to(x.dtype) if self.transposed else F.linear(x, self.weight.to(x.dtype))
 def ngram_hashes(tokens: Tensor, config: Config) -> list[Tensor]:
     """Table rows [B, T] of the last 2, 3, ... `ngram` tokens; all before the row or the document counts as a document's mark."""
     mark, back, value, found = config.vocab_size - 1, tokens, tokens, []
@@ -368,23 +348,20 @@ def ngram_hashes(tokens: Tensor, config: Config) -> list[Tensor]:
         value = (value * 65599 + back) % 2**31
         found.append((value * 0x9E3779B1 >> 20) % config.ngram_rows)  # Fibonacci hashing: all bits count
     return found
-
-class Rotary(nn.Module):
-    """Rotary position embedding of [B, H, T, head_dim] (arXiv 2104.09864); rotates halves, not neighbours."""
-    def __init__(self, head_dim: int, seq_len: int):
-        super().__init__()
-        angles = torch.outer(torch.arange(seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
-        self.register_buffer("tables", torch.stack((angles.cos(), angles.sin())), persistent=False)  # [2, T, head_dim / 2]
-    def forward(self, x: Tensor) -> Tensor:
-        (cos, sin), (a, b) = self.tables[:, : x.size(-2)].to(x.dtype), x.chunk(2, dim=-1)
-        return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+def rotary_tables(head_dim: int, seq_len: int) -> Tensor:
+    """Cosines and sines [2, T, head_dim / 2] of rotary position embedding (arXiv 2104.09864)."""
+    angles = torch.outer(torch.arange(seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
+    return torch.stack((angles.cos(), angles.sin()))
+def rotate(x: Tensor, tables: Tensor) -> Tensor:  # [B, H, T, head_dim]; halves, not neighbours
+    (cos, sin), (a, b) = tables[:, : x.size(-2)].to(x.dtype), x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.q, self.k, self.v, self.o = (Linear(config.n_embd, config.n_embd) for _ in range(4))
-        self.rotary = Rotary(config.n_embd // config.n_head, config.seq_len)
+        self.register_buffer("rotary", rotary_tables(config.n_embd // config.n_head, config.seq_len), persistent=False)
         self.value_lambda = nn.Parameter(torch.empty(())) if config.value_residual else None
     def forward(self, x: Tensor, v1: Tensor | None, mask) -> tuple[Tensor, Tensor]:
         q, k, v = (w(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))  # [B, H, T, head_dim]
@@ -392,7 +369,7 @@ class CausalSelfAttention(nn.Module):
         if self.value_lambda is not None:  # (1-λ)·v + λ·v1; value residual, arXiv 2410.17897, λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
         if self.qk_norm: q, k = norm(q), norm(k)  # arXiv 2302.05442
-        y = attend(self.rotary(q), self.rotary(k), v, mask)
+        y = attend(rotate(q, self.rotary), rotate(k, self.rotary), v, mask)
         return self.o(y.transpose(1, 2).flatten(-2)), v1
 
 class MLP(nn.Module):
@@ -436,7 +413,6 @@ class GPT(nn.Module):
         logits = self.lm_head(norm(x)).float()
         if cap := self.config.softcap: logits = cap * torch.tanh(logits / cap)  # Gemma 2, arXiv 2408.00118
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
 def seeded(*where) -> torch.Generator:  # A CPU generator that depends on its arguments alone: equal on all ranks, whatever was drawn before
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:7], "little"))
 def uniform(p: Tensor, n_in: int, *where):  # fill p from U(±1/√n_in), as torch.nn.Linear does
@@ -455,9 +431,8 @@ def init_weights(model: GPT, config: Config):
         else: uniform(p, p.size(0) if kind == "down" else p.size(1), config.seed, name)
 def flops_per_token(config: Config) -> float:
     """Floating-point operations of forward and backward: 6 per weight in a matmul, and attention over its mean span."""
-    weights = 12 * config.n_layer * config.n_embd**2 + config.padded_vocab * config.n_embd
     spans = [min(window or config.seq_len, config.seq_len / 2) for window in layer_windows(config)]
-    return 6 * weights + 12 * config.n_embd * sum(spans)
+    return 6 * config.n_embd * (12 * config.n_layer * config.n_embd + config.padded_vocab) + 12 * config.n_embd * sum(spans)
 
 # ------------------------------------------------------------------------------------------------------------ Optimizers
 class Optimizer:
@@ -507,7 +482,8 @@ class Optimizer:
         """{parameter: {"rule": class name, "steps": n, state name: its rows}}, whole, on the CPU of every rank."""
         whole = {param: {"rule": type(self).__name__, "steps": self.steps} for param in self.named}
         for name, own in self.state.items():
-            shards, own = [own] if self.shards == 1 else [torch.empty_like(own.contiguous()) for _ in range(self.shards)], own.contiguous()
+            own = own.contiguous()
+            shards = [torch.empty_like(own) for _ in range(self.shards)] if self.shards > 1 else [own]
             if self.shards > 1: dist.all_gather([s.view(torch.uint8) for s in shards], own.view(torch.uint8))
             rows = torch.cat([s.cpu() for s in shards])
             for param, span in self.spans.items(): whole[param][name] = rows[span].clone()
@@ -521,9 +497,7 @@ class Optimizer:
 
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed them
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-@functools.cache
-def compiled(rule): return torch.compile(rule, dynamic=False)  # once per update rule; each stack's shape is compiled for itself
+compiled = functools.cache(functools.partial(torch.compile, dynamic=False))  # once per update rule; each stack's shape is compiled for itself
 def adam_update(g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float, bias1: Tensor, bias2: Tensor) -> Tensor:
     """Adam, arXiv 1412.6980; bias: 1 - beta ** steps. Changes the moments m and v in place."""
     g = g.float()
@@ -544,12 +518,9 @@ class Adam(Optimizer):
     def update(self, g: Tensor) -> Tensor:
         c, bias1, bias2 = self.config, *(torch.tensor(1 - beta**self.steps) for beta in (self.config.beta1, self.config.beta2))
         return self.run(adam_update, g, self.moment("exp_avg", g), self.moment("exp_avg_sq", g), c.beta1, c.beta2, c.adam_eps, bias1, bias2)
-
 class Adagrad(Optimizer):
     """Rate over the root of the sum of all squared gradients (Duchi et al., JMLR 2011): rare rows take large steps when their turn comes."""
-    def update(self, g: Tensor) -> Tensor:
-        return g / (self.moment("sum_sq", g).addcmul_(g.float(), g.float()).sqrt() + 1e-12)
-
+    def update(self, g: Tensor) -> Tensor: return g / (self.moment("sum_sq", g).addcmul_(g.float(), g.float()).sqrt() + 1e-12)
 class Muon(Optimizer):
     """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon). NorMuon (arXiv
     2510.05491) then divides each row of a tall matrix, column of a wide one, by its running RMS and keeps the update's norm."""
@@ -561,7 +532,6 @@ class Muon(Optimizer):
         mean = self.moment("row_sq", square).lerp_(square, 1 - c.normuon) / (1 - c.normuon**self.steps)
         even = u / (mean + 1e-16).sqrt()
         return even * (u.norm(dim=(-2, -1), keepdim=True) / (even.norm(dim=(-2, -1), keepdim=True) + 1e-7))
-
 def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape."""
     c, groups = config, {}
@@ -572,12 +542,11 @@ def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods:
     optimizers = [rule(groups[kind], lr, (), c, runtime) for kind, (rule, lr) in rates.items() if kind in groups]
     return optimizers + stack_matrices(model, groups["matrices"], c.galore_inner if c.galore else c.matrix_optimizer, c, runtime, methods)
 def stack_matrices(model: nn.Module, matrices: dict, rule: str, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
-    """Optimizers for the named hidden matrices, one per shape (with galore_per_layer: one per matrix)."""
+    """Optimizers for hidden matrices, one per shape (galore_per_layer: one each). Times √(out / in), orthogonal updates of all shapes act alike."""
     method, alone, groups = next((m for m in methods if m.transforms), Method()), config.galore_per_layer, {}
     for name, p in matrices.items():
         linear = model.get_submodule(name.rpartition(".")[0])
         n_in, n_out = (linear.n_in, linear.n_out) if p is linear.weight else reversed(p.shape)
-        # An orthogonal update times √(out / in) changes outputs by the same amount whatever the shape; Adam needs none
         p.rate_scale = (max(1.0, n_out / n_in) ** 0.5 if rule == "muon" else 1.0) * getattr(p, "lr_mult", 1.0)
         groups.setdefault((name if alone else "", *p.shape), {})[name] = p
     new, lr = method.optimizers[rule], config.lr_muon if rule == "muon" else config.lr_adam
@@ -586,8 +555,7 @@ def stack_matrices(model: nn.Module, matrices: dict, rule: str, config: Config, 
 # --------------------------------------------------------------------------------------------------------------- Methods
 class Method:
     """An optional method: hooks that default to nothing, so that the hot path has no branch for any of them."""
-    transforms = False  # do project and lift change updates?
-    optimizers = {"muon": Muon, "adam": Adam}
+    transforms, optimizers = False, {"muon": Muon, "adam": Adam}  # transforms: do project and lift change updates?
     def __init__(self, config: Config | None = None, log=print): self.config, self.log = config, log
     def attach(self, model: GPT): ...  # after init, before optimizers and compile
     def project(self, optimizer: Optimizer, g: Tensor) -> Tensor: return g  # gradient rows, on their rank, before the update
@@ -605,20 +573,13 @@ class LoRALinear(Linear):
         self.weight, self.scale = linear.weight.requires_grad_(False), scale
         self.weight.grad = None
         self.A, self.B = (nn.Parameter(self.weight.new_empty(shape)) for shape in ((rank, self.n_in), (self.n_out, rank)))
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+    def forward(self, x: Tensor) -> Tensor: return super().forward(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
     def merged(self) -> Tensor: return self.weight + self.scale * ((self.B @ self.A).T if self.transposed else self.B @ self.A)
-
-def layers_of(model: nn.Module, kind: type) -> dict[str, Linear]:
-    return {name: m for name, m in model.named_modules() if name.startswith("blocks.") and type(m) is kind}
+def layers_of(model: nn.Module, kind: type) -> dict[str, Linear]: return {n: m for n, m in model.blocks.named_modules(prefix="blocks") if type(m) is kind}
 
 class ReLoRA(Method):
     """High-rank training through low-rank updates (arXiv 2307.05695): after a warm start each hidden Linear becomes a LoRALinear;
     every interval B A is merged into the fp32 W, A drawn anew, B zero, moments pruned, the rates re-warmed (lr_at)."""
-    def renew(self, step: int, model: GPT):
-        for name, layer in layers_of(model, LoRALinear).items():
-            uniform(layer.A, layer.n_in, self.config.seed, "relora", step, name)
-            layer.B.zero_()
     @torch.no_grad()
     def resume(self, step: int, run: "Run"):
         c, model = self.config, run.model
@@ -626,22 +587,22 @@ class ReLoRA(Method):
         for name, linear in layers_of(model, Linear).items():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, LoRALinear(linear, c.relora, c.relora_alpha / c.relora))
-        self.renew(step, model)
         adapters = {name: p for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
         run.optimizers = [o for o in run.optimizers if o.weights.ndim != 3]  # those of the frozen matrices go, with their state
         run.optimizers += stack_matrices(model, adapters, c.relora_optimizer, c, run.runtime, [])
     @torch.no_grad()
     def after_step(self, step: int, run: "Run"):
-        c, layers = self.config, layers_of(run.model, LoRALinear).values()
-        if layers and (step - c.relora_warm_start) % c.relora_interval == 0 and step < c.steps:
-            for layer in layers: layer.weight.copy_(layer.merged())
-            self.renew(step, run.model)
-            for optimizer in run.optimizers:
-                if optimizer.weights.ndim == 3 and optimizer.state: self.prune(optimizer)
-        self.resume(step, run)
+        c = self.config
+        if step < c.relora_warm_start or (step - c.relora_warm_start) % c.relora_interval or step == c.steps: return
+        for layer in layers_of(run.model, LoRALinear).values(): layer.weight.copy_(layer.merged())
+        for optimizer in run.optimizers:
+            if optimizer.weights.ndim == 3 and optimizer.state and step > c.relora_warm_start: self.prune(optimizer)
+        self.resume(step, run)  # the first time
+        for name, layer in layers_of(run.model, LoRALinear).items():
+            uniform(layer.A, layer.n_in, c.seed, "relora", step, name)
+            layer.B.zero_()
     def prune(self, optimizer: Optimizer):
-        """Keep the largest entries of each first moment and the same ones of the second. Adam's count restarts at 1, what is kept
-        rescaled to the same unbiased mean: else pruned entries would be corrected for steps that they have forgotten."""
+        """Keep the largest entries of first moments, the same ones of second ones. Adam's count restarts at 1: unbiased means stay as they were."""
         c, state = self.config, optimizer.state
         first = state["exp_avg" if "exp_avg" in state else "momentum"].flatten(1)
         kept = first.abs().topk(round(first.size(1) * (1 - c.relora_prune)), dim=1).indices
@@ -651,8 +612,7 @@ class ReLoRA(Method):
         if "exp_avg" in state: optimizer.steps = 1
 
 class EightBit:
-    """Moments in float8 with an fp32 scale per 256 entries (block-wise like 8-bit Adam, arXiv 2110.02861).
-    The second moment is stored as its root: float8's range of 2^18 is then one of 2^36."""
+    """Moments in float8, an fp32 scale per 256 entries (like 8-bit Adam, arXiv 2110.02861); the second as its root: a range of 2^36, not 2^18."""
     def moment(self, name: str, like: Tensor) -> Tensor:
         if name not in self.opened and name in self.state:
             values = (self.state[name].view(torch.float8_e4m3fn).float() * self.state[name + "_scale"]).flatten(1)
@@ -662,12 +622,12 @@ class EightBit:
     def step(self):
         self.opened = {}  # moments in fp32, during this step
         super().step()
-        for name, moment in self.opened.items():
+        while self.opened:
+            name, moment = self.opened.popitem()
             values = (moment.sqrt() if name == "exp_avg_sq" else moment).flatten(1)
             values = F.pad(values, (0, -values.size(1) % 256)).unflatten(1, (-1, 256))
             scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448  # the largest float8_e4m3fn
             self.state |= {name: (values / scale).to(torch.float8_e4m3fn).view(torch.uint8), name + "_scale": scale}
-        self.opened = {}
 
 class PerLayer:
     """Update a matrix in the backward pass, as its gradient arrives, then free the gradient (LOMO, arXiv 2306.09782)."""
@@ -685,10 +645,9 @@ class PerLayer:
     def step(self): ...
 
 class GaLore(Method):
-    """Gradients, and so the optimizer's state, in a low-rank space (arXiv 2403.03507): the inner optimizer sees G P (or PᵀG), P the
-    gradient's leading singular vectors on its shorter side, renewed every interval; its update is projected back and scaled.
-    At a refresh the moments move to the new basis (as in LDAdam, arXiv 2410.16103): the first by C = P_oldᵀ P_new, the second by
-    C squared entry by entry, as if entries were uncorrelated."""
+    """Gradients, and so the optimizer's state, in a low-rank space (arXiv 2403.03507): the inner optimizer sees G P (or PᵀG), P the gradient's
+    leading singular vectors on its shorter side, renewed every interval; its update is projected back and scaled. At a refresh the moments
+    move to the new basis (as in LDAdam, arXiv 2410.16103): the first by C = P_oldᵀ P_new, the second by C squared entry by entry."""
     transforms = True
     def __init__(self, config: Config, log=print):
         super().__init__(config, log)
@@ -712,7 +671,7 @@ class GaLore(Method):
             P[due] = (Vh.mT if tall else U)[..., :r]
         except torch.linalg.LinAlgError:
             P[due] = torch.where(P[due].flatten(1).any(1)[:, None, None], P[due], torch.linalg.qr(noise)[0])  # keep, or draw at random
-            self.log(f"galore: an SVD did not converge at update {optimizer.steps} (stack of {next(iter(optimizer.named))}); old bases kept, random ones where there was none")
+            self.log(f"galore: an SVD did not converge at update {optimizer.steps}, stack of {next(iter(optimizer.named))}: old bases kept, else random")
         change, like = old.mT @ P, g[..., :r] if tall else g[:, :r]  # old basis to new; the same basis where a row was not due
         for name in {"exp_avg", "exp_avg_sq", "momentum"} & set(optimizer.state):
             turn, moment = change.square() if name == "exp_avg_sq" else change, optimizer.moment(name, like)
@@ -749,11 +708,10 @@ class LAWA(Method):
     def load_state_dict(self, state: dict): self.window = state["window"]
 
 class SuPar(Method):
-    """SuPar, sparse maximal update parameterization (arXiv 2405.15743); at sparsity 0 it is muP (arXiv 2203.03466). Static random masks of
-    density rho on the hidden matrices. With m_d = width / base width, against the standard model: hidden init variance 1 / rho (the
-    fan-in init holds 1 / m_d), Adam's hidden rate 1 / (m_d rho), logits 1 / m_d. Attention keeps its 1 / sqrt(head_dim), as QK-norm fixes
-    the size of q and k. Muon, found here: one spectral norm at every width, so no m_d; the unmasked gradient is orthogonalised (a masked
-    one has no leading direction left), and the rate times rho ** -0.25 keeps the best rate in place (records/methods)."""
+    """SuPar, sparse maximal update parameterization (arXiv 2405.15743); at sparsity 0 it is muP (arXiv 2203.03466). Static random masks of density
+    rho on the hidden matrices. With m_d = width / base width: hidden init variance 1 / rho (the fan-in init holds 1 / m_d), Adam's hidden rate
+    1 / (m_d rho), logits 1 / m_d. Muon, found here: one spectral norm at every width, so no m_d; the unmasked gradient is orthogonalised (a
+    masked one has no leading direction left), and the rate times rho ** -0.25 keeps the best rate in place (records/methods)."""
     transforms, MUON_POWER = True, 0.25
     @torch.no_grad()
     def attach(self, model: GPT):
@@ -770,7 +728,6 @@ class SuPar(Method):
         if "mask" not in optimizer.state:
             optimizer.state["mask"] = optimizer.own_rows({name: self.masks[name][None] for name in optimizer.named})
         return u * optimizer.state["mask"]
-
 def make_methods(config: Config, log=print) -> list[Method]:
     on = dict(relora=ReLoRA, galore=GaLore, sparsity=SuPar, mup_base_width=SuPar, lawa=LAWA)  # LAWA last: it sees what the others did
     return [method(config, log) for method in dict.fromkeys(method for name, method in on.items() if getattr(config, name))]
@@ -783,10 +740,10 @@ def resolve(config: Config, device: torch.device) -> Config:
     auto = "flex" if device.type == "cuda" and compile and masked else "sdpa"
     new = dict(device=device.type, compile=compile, attention=auto if c.attention == "auto" else c.attention)
     if c.relora:
-        start = c.relora_warm_start or c.steps // 4
-        interval = c.relora_interval or max(1, (c.steps - start) // 4)
-        new |= dict(relora_alpha=c.relora_alpha or c.relora / 4, relora_warm_start=start, relora_interval=interval)
-        new["relora_rewarm"] = c.relora_rewarm or max(1, interval // 10)
+        wrap = c.relora_warm_start or c.steps // 4
+        every = c.relora_interval or max(1, (c.steps - wrap) // 4)
+        alpha, rewarm = c.relora_alpha or c.relora / 4, c.relora_rewarm or max(1, every // 10)
+        new |= dict(relora_alpha=alpha, relora_warm_start=wrap, relora_interval=every, relora_rewarm=rewarm)
     if c.lawa:
         new["lawa_interval"] = every = c.lawa_interval or max(1, c.steps // 100)
         refuse(c.lawa * every > c.steps, f"--lawa {c.lawa}: snapshots every {every} of {c.steps} steps never fill the window; lower one of them")
@@ -814,9 +771,7 @@ class Clock:
         self.stop()
         yield
         self.start()
-    @property
-    def ms(self) -> float: return 1000 * (self.seconds + (time.perf_counter() - self.since if self.since else 0.0))  # so far, unsynchronised
-
+    ms = property(lambda self: 1000 * (self.seconds + (time.perf_counter() - self.since if self.since else 0.0)))  # so far, unsynchronised
 def write_whole(path: Path, data: bytes):
     """The file appears complete or not at all: written aside, synced, renamed. Errors: OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -831,10 +786,15 @@ def write_whole(path: Path, data: bytes):
 class Log:
     """logs/<run_id>.txt and the screen, on rank 0: the source, the facts, the steps, the result.
     When the disk fills up or the folder goes, lines wait in memory and the run goes on; close() is the last try."""
-    def __init__(self, config: Config, runtime: Runtime):
+    def __init__(self, config: Config, runtime: Runtime, argv: list[str], data: dict[str, str]):
         self.run_id = runtime.exchange("run_id", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid.uuid4().hex[:6]}")[0]
         self.path, self.main, self.live = Path(config.log_dir, f"{self.run_id}.txt"), runtime.rank == 0, sys.stdout.isatty()
-        self.lines, self.shown, self.behind = [SOURCE.removesuffix("\n")], 0.0, True  # behind: the file lacks lines
+        cpu, driver = grep("/proc/cpuinfo", r"model name.*: (.*)"), grep("/proc/driver/nvidia/version", r"Module\D*([\d.]+)")
+        facts = dict(run_id=self.run_id, python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda if runtime.cuda else "none",
+                     driver=driver if runtime.cuda else "none", device=device_name(runtime.device), cpu=f"{cpu}, {torch.get_num_threads()} threads",
+                     world_size=runtime.world_size, argv=" ".join(argv), source_sha256=SOURCE_SHA256, data=json.dumps(data), config=json.dumps(vars(config)))
+        self.lines = [SOURCE.removesuffix("\n"), "=" * 100, *(f"{name}: {value}" for name, value in facts.items()), "=" * 100]
+        self.shown, self.behind = 0.0, True  # behind: the file lacks lines
         self.write(fatal=f"--log_dir {config.log_dir}: no log can be written there")
     def write(self, fatal: str = ""):  # append the newest line, or write the whole file where it lacks more than that
         if not self.main: return
@@ -853,23 +813,15 @@ class Log:
         self.write()
     def close(self):
         if self.behind or not self.path.exists(): self.write(fatal=f"{self.path}: the run is over, but its log cannot be written")
-    def header(self, config: Config, runtime: Runtime, argv: list[str], data: dict[str, str]):
-        cpu, driver = grep("/proc/cpuinfo", r"model name.*: (.*)"), grep("/proc/driver/nvidia/version", r"Module\D*([\d.]+)")
-        facts = dict(run_id=self.run_id, python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda if runtime.cuda else "none",
-                     driver=driver if runtime.cuda else "none", device=device_name(runtime.device), cpu=f"{cpu}, {torch.get_num_threads()} threads",
-                     world_size=runtime.world_size, argv=" ".join(argv), source_sha256=SOURCE_SHA256, data=json.dumps(data), config=json.dumps(vars(config)))
-        for text in ("=" * 100, *(f"{name}: {value}" for name, value in facts.items()), "=" * 100): self.line(text)
     def step(self, step: int, steps: int, kind: str, loss: float, ms: float):  # the public speedrun's line; kind: val or train
         self.line(f"step:{step}/{steps} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms", echo=kind == "val")
     def progress(self, text: str):  # the live line: rewritten in place on a terminal, every ten seconds elsewhere
         if self.main and time.monotonic() - self.shown > (0.2 if self.live else 10):
             self.shown = time.monotonic()
             print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", flush=True)
-
 def device_name(device: torch.device) -> str: return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 def grep(path: str, pattern: str) -> str:
-    found = re.search(pattern, Path(path).read_text()) if os.path.exists(path) else None
-    return found[1] if found else platform.machine()
+    return (re.findall(pattern, Path(path).read_text() if os.path.exists(path) else "") or [platform.machine()])[0]
 
 # Dense bf16 FLOP/s by the vendors' data sheets; the first name found in the device's counts
 BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "5090": 210e12,
@@ -884,25 +836,23 @@ class Run:
     size = property(lambda self: sum(p.numel() for p in self.model.parameters()))
     def state(self) -> dict:
         """All of it, on the CPU, by name, the same for any number of ranks. A collective: every rank must call it."""
-        return {"model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}, "rng": torch.get_rng_state(),
-                "optimizers": functools.reduce(dict.__or__, (o.gather_state() for o in self.optimizers), {}),
+        return {"model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}, "step": self.step,
+                "optimizers": functools.reduce(dict.__or__, (o.gather_state() for o in self.optimizers), {}), "rng": torch.get_rng_state(),
                 "methods": {type(m).__name__: m.state_dict() for m in self.methods}}
-    def load_state(self, state: dict):
-        self.model.load_state_dict(state["model"])
-        for optimizer in self.optimizers: optimizer.load_state(state["optimizers"])
-        for method in self.methods: method.load_state_dict(state["methods"][type(method).__name__])
-        torch.set_rng_state(state["rng"])
-    def restore(self, path: Path, state: dict):
-        """Take the shape and the state of a checkpoint. Errors: UserError when it is of another model or method."""
+    def load_state(self, state: dict, origin="this state"):
+        """Take the shape and the values of a state. Errors: UserError when it is of another model or method."""
         try:
             for method in self.methods: method.resume(state["step"], self)
-            self.load_state(state)
-        except (KeyError, RuntimeError) as error: raise UserError(f"{path} does not fit this model or method ({brief(error)[:90]})") from None
-
+            self.model.load_state_dict(state["model"])
+            for optimizer in self.optimizers: optimizer.load_state(state["optimizers"])
+            for method in self.methods: method.load_state_dict(state["methods"][type(method).__name__])
+        except (KeyError, RuntimeError) as error: raise UserError(f"{origin} does not fit this model or method ({brief(error)[:90]})") from None
+        torch.set_rng_state(state["rng"])
+        self.step = state["step"]
 def save_checkpoint(run: Run):
     """checkpoint_dir/<run_id>/step_<n>.pt: torch.save and the sha256 of that. A collective."""
     state, path, log, file = run.state(), Path(run.config.checkpoint_dir, run.log.run_id, f"step_{run.step:06d}.pt"), run.log, io.BytesIO()
-    state |= dict(step=run.step, train_seconds=run.clock.seconds, config=vars(run.config), data_sha256=run.data, source_sha256=SOURCE_SHA256,
+    state |= dict(train_seconds=run.clock.seconds, config=vars(run.config), data_sha256=run.data, source_sha256=SOURCE_SHA256,
                   log=[text for text in log.lines if text.startswith(("step:", "resumed:"))])
     if run.runtime.rank == 0:
         torch.save(state, file)
@@ -942,8 +892,7 @@ def resume(run: Run):
     c, say = run.config, functools.partial(run.log.line, echo=True)
     restarted = c.checkpoint_every and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     if not (c.resume or restarted): return
-    def usable(state: dict) -> bool: return not (restarted and differences(state, run))
-    try: path, state = find_checkpoint("latest" if restarted else c.resume, c.checkpoint_dir, say, usable)
+    try: path, state = find_checkpoint("latest" if restarted else c.resume, c.checkpoint_dir, say, lambda s: not restarted or not differences(s, run))
     except UserError as error:
         if c.resume: raise
         return say(f"restarted from step 0: {error}")
@@ -951,8 +900,8 @@ def resume(run: Run):
     refuse(changed and not c.resume_anyway, f"{path} is from another run: {'; '.join(changed)}. Give the flags of that run, or --resume_anyway")
     refuse(len(set(steps)) > 1, f"the ranks found checkpoints of different steps, {steps}: --checkpoint_dir must be a shared folder")
     refuse(step > c.steps, f"{path} is from step {step}, but the run ends at {c.steps}: nothing left to train")
-    run.restore(path, state)
-    run.step, run.clock.seconds, run.resumed = step, state["train_seconds"], True
+    run.load_state(state, path)
+    run.clock.seconds, run.resumed = state["train_seconds"], True
     for text in state["log"]: run.log.line(text)
     say("resumed: " + json.dumps({"from": str(path), "step": step, "train_time_ms": round(1000 * run.clock.seconds), "changed": changed}))
 
@@ -974,8 +923,7 @@ def tokenizer(config: Config):
     if config.vocab_size == 257: return lambda text: list(text.encode()), lambda tokens: bytes(token for token in tokens if token < 256)
     try:
         import tiktoken  # only sampling needs it
-        gpt2 = tiktoken.get_encoding("gpt2")
-        return gpt2.encode_ordinary, gpt2.decode_bytes
+        return (gpt2 := tiktoken.get_encoding("gpt2")).encode_ordinary, gpt2.decode_bytes
     except Exception as error:  # not installed, or offline without its tables
         raise UserError(f"--generate needs tiktoken's gpt2 tables ({type(error).__name__}): go online once, or set TIKTOKEN_CACHE_DIR") from None
 @torch.no_grad()
@@ -984,7 +932,7 @@ def generate(config: Config):
     path, state = find_checkpoint(config.checkpoint, config.checkpoint_dir, print)
     c = Config(**{name: value for name, value in state["config"].items() if name in FIELDS} | dict(attention="sdpa"))
     run, (encode, decode), draw, out = build(c, init_runtime(config)), tokenizer(c), seeded(config.seed, "generate"), sys.stdout.buffer
-    run.restore(path, state)
+    run.load_state(state, path)
     tokens = [c.vocab_size - 1, *encode(config.generate)]
     out.write(config.generate.encode())
     for _ in range(config.generate_tokens):
@@ -997,9 +945,7 @@ def generate(config: Config):
     print()
 
 # ----------------------------------------------------------------------------------------------------------------- Train
-class Stopped(Exception):
-    """A signal ended the run; args: its number."""
-
+class Stopped(Exception): """A signal ended the run; args: its number."""
 def forward_backward(forward, inputs: Tensor, targets: Tensor, micro: int, world_size: int) -> Tensor:
     """Add the gradients of the global mean loss, `micro` rows at a time. Returns this rank's share of that loss."""
     parts, total = len(inputs) // micro, torch.zeros((), device=inputs.device)
@@ -1021,8 +967,7 @@ def warm_up(run: Run, forward) -> int:
     micro = c.micro_batch or largest_divisor(share, max(1, fitting))
     refuse(share % micro, f"--micro_batch {micro} does not divide the {share} rows of a rank; nearest below: {largest_divisor(share, micro)}")
     while True:
-        refuse(c.galore_per_layer and micro < share, f"--galore_per_layer updates in the backward pass, so it takes a rank's {share} rows at "
-                                                     f"once, but the micro-batch is {micro}: lower --batch_tokens")
+        refuse(c.galore_per_layer and micro < share, f"--galore_per_layer needs a rank's {share} rows in one micro-batch, not {micro}: lower --batch_tokens")
         inputs, targets = split(torch.randint(c.vocab_size, (micro, c.seq_len + 1), generator=seeded("warm-up", runtime.rank)).to(device))
         try:
             forward_backward(forward, inputs, targets, micro, runtime.world_size)
@@ -1068,8 +1013,7 @@ def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) 
         if stop: raise Stopped(run.signal or signal.SIGTERM)
         if c.checkpoint_every and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
             with clock.paused(): save_checkpoint(run)
-def result_of(run: Run, val_loss: float, warmup_ms: float) -> dict:
-    """The log's last line."""
+def result_of(run: Run, val_loss: float, warmup_ms: float) -> dict:  # the log's last line
     c, ms, runtime, name = run.config, 1000 * run.clock.seconds, run.runtime, device_name(run.runtime.device)
     rate, peak = c.steps * c.batch_tokens / ms * 1000, next((flops for card, flops in BF16_PEAK.items() if card in name), None)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -1096,19 +1040,15 @@ def build(config: Config, runtime: Runtime, log=print) -> Run:  # the model at i
     model.to(runtime.device)
     for method in methods: method.attach(model)
     return Run(config, runtime, model, methods)
-def train(config: Config, runtime: Runtime, argv: list[str]):
-    """A whole run, from the shards to the result line."""
+def train(config: Config, runtime: Runtime, argv: list[str]):  # a whole run, from the shards to the result line
     shards, val = Shards(config.train_files, "train_files"), Shards(config.val_files, "val_files")
     batches = Batches(shards, config)
     data = check_inputs(config, runtime, shards, batches.tokens_read, val)
-    log = Log(config, runtime)
+    log = Log(config, runtime, argv, data)
     say = functools.partial(log.line, echo=True)
-    log.header(config, runtime, argv, data)
     run = build(config, runtime, say)
     run.optimizers, run.clock, run.log, run.data = make_optimizers(run.model, config, runtime, run.methods), Clock(runtime.device), log, data
-    def obey(number, frame):  # after the current step; a second signal ends the process at once
-        if run.signal: os._exit(128 + number)
-        run.signal = number
+    def obey(number, frame): run.signal = os._exit(128 + number) if run.signal else number  # after the current step; a second time, at once
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, obey)
     say(f"{config.preset}: {run.size:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens, "
         f"{runtime.world_size} x {device_name(runtime.device)}, attention {config.attention}, compile {config.compile}")
@@ -1139,6 +1079,7 @@ def main(argv: list[str] | None = None) -> int:
         runtime = init_runtime(config)
         train(resolve(config, runtime.device), runtime, argv)
     except Stopped as stop: code = 128 + stop.args[0]
+    except KeyboardInterrupt: code = 128 + signal.SIGINT
     except (UserError, torch.OutOfMemoryError) as error:
         tell_failure(runtime, error if isinstance(error, UserError) else "out of memory: give a smaller --micro_batch than the log's", code := 2)
     except Exception as error:
@@ -1150,7 +1091,6 @@ def main(argv: list[str] | None = None) -> int:
         runtime.leaving.set()
         runtime.watcher.join(timeout=5)  # it must not use the store while that is torn down
         if code:  # peers may never answer again, so no farewell: the launcher ends them
-            sys.stdout.flush()
             time.sleep(2)  # the store may live in this process: let the others read from it what went wrong
             os._exit(code)
         dist.destroy_process_group()

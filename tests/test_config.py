@@ -10,7 +10,7 @@ from helpers import ROOT, check_refused, flag_lines, flags, make_data, run, tiny
 
 import train_gpt
 
-MAX_LINES, MAX_WIDTH, MAX_FUNCTION = 1160, 160, 100
+MAX_LINES, MAX_WIDTH, MAX_FUNCTION = 1100, 160, 100
 
 BAD = [  # a command line, and words that the answer must hold
     ("--stepz 5", "--stepz", "did you mean --steps?"),

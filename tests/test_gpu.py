@@ -341,7 +341,7 @@ def test_the_clock_waits_for_the_device():
 
 # One rank counts as many: every collective runs, on NCCL, over a group of one. Its sums are those of a single process.
 ALONE = """
-import os, sys
+import os, sys, threading
 sys.path.insert(0, {root!r})
 from datetime import timedelta
 import torch, torch.distributed as dist
@@ -356,7 +356,10 @@ def init_runtime(config):
     store = next(dist.rendezvous("env://"))[0]
     dist.init_process_group("nccl", store=dist.PrefixStore("group", store), rank=0, world_size=1, device_id=device,
                             timeout=timedelta(seconds=60))
-    return train_gpt.Runtime(device, 0, Many(1), store)
+    runtime = train_gpt.Runtime(device, 0, Many(1), store)
+    runtime.watcher = threading.Thread(target=int)
+    runtime.watcher.start()
+    return runtime
 
 calls = []
 for name in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor", "all_gather_single",
@@ -366,6 +369,8 @@ for name in ("all_reduce", "reduce_scatter_single", "reduce_scatter_tensor", "al
             calls.append(name)
             return real(*args, **kwargs)
         setattr(dist, name, counted)
+train_gpt.reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+train_gpt.all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 train_gpt.init_runtime = init_runtime
 code = train_gpt.main(sys.argv[1:])
 print("collectives", *sorted(set(calls)), flush=True)
