@@ -1,7 +1,7 @@
 """SuPar study: does one learning rate hold for all widths and densities, and which rule does Muon need?
 
-    python records/methods/supar.py                 about 25 minutes on two cores; writes supar_*.csv and supar_*.png
-    python records/methods/supar.py --part check    only the coordinate check (or sweep: only the rates), 5 minutes
+    python records/methods/supar.py                 about an hour on two cores; writes supar_*.csv and supar_*.png
+    python records/methods/supar.py --part check    only the coordinate check, 5 minutes (or sweep: only the rates)
 
 standard: the masks alone. muP: and the rules for width. SuPar: and the rules for density. All share masks and data.
 """
@@ -16,9 +16,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import SMALL, arguments, build, data, figure, in_parallel, mean_std, read_csv, save, tg, train, write_csv  # noqa: E402
 
-WIDTHS, DENSITIES, BASE, RULES, STEPS = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar"), 60
+WIDTHS, DENSITIES, BASE, RULES = (64, 128, 256), (1.0, 1 / 4, 1 / 16), 64, ("standard", "muP", "SuPar")
 MUON = ((0.0, True), (0.0, False), (0.75, False))  # (exponent of 1 / density in the rate, gradient masked before, too?)
-RATES = {"adam": [2.0**-n for n in range(12, 5, -1)], "muon": [0.02 * 2.0**n for n in range(6)]}
+RATES = {"adam": [2.0**-n for n in range(11, 3, -1)], "muon": [0.02 * 2.0**n for n in range(6)]}
+RUNS = {"adam": dict(steps=200, zero_init=False), "muon": dict(steps=60)}  # in 60 updates, or zero-initialised, Adam at base width gains too little
 
 
 class Rules(tg.SuPar):
@@ -57,21 +58,22 @@ def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config
 # ------------------------------------------------------------------------------------------------------------ sweeps
 
 def sweep_run(task: dict) -> dict:
-    config = config_of(task["width"], task["density"], task["optimizer"], steps=task["steps"], seed=task["seed"],
+    config = config_of(task["width"], task["density"], task["optimizer"], seed=task["seed"], **RUNS[task["optimizer"]],
                        **{f"lr_{task['optimizer']}": task["lr"]})
     run = train(config, [rules(task["rule"])])
     return task | dict(val_loss=run.log.val[config.steps])
 
 
-def sweep_tasks() -> list[dict]:
+def sweep_tasks(optimizers) -> list[dict]:
     """Where rules agree (dense, or base width) one run stands for all of them."""
     tasks = []
-    for optimizer, width, density, rule in itertools.product(RATES, WIDTHS, DENSITIES, RULES):
+    for optimizer, width, density, rule in itertools.product(optimizers, WIDTHS, DENSITIES, RULES):
         same_rule = density == 1 and rule == "SuPar" or width == BASE and rule == "muP"
         if same_rule or optimizer == "muon" and (rule == "muP" and density < 1 or width == 256):
             continue
-        tasks += [dict(optimizer=optimizer, width=width, density=density, rule=rule, lr=lr, seed=seed, steps=STEPS)
-                  for lr in RATES[optimizer] for seed in range(2 if width == BASE else 1)]
+        stands_for_supar = optimizer == "adam" and (rule == "SuPar" or density == 1 and (rule == "muP" or width == BASE))
+        tasks += [dict(optimizer=optimizer, width=width, density=density, rule=rule, lr=lr, seed=seed, steps=RUNS[optimizer]["steps"])
+                  for lr in RATES[optimizer] for seed in range(3 if stands_for_supar and 2**-9 <= lr <= 2**-6 else 2 if width == BASE else 1)]
     return sorted(tasks, key=lambda t: -t["width"])
 
 
@@ -122,9 +124,10 @@ def report_sweep():
                 axis.errorbar([p[0] for p in points], [p[1] for p in points], [p[2] for p in points], linestyle=style, marker=".",
                               color=f"C{WIDTHS.index(width)}", label=f"{width}, 1/{round(1 / density)}")
                 lr, loss, std = best_rate(points)
-                best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, ceiling=ceiling(points), val_loss=loss, std=std, n=points[0][3]))
-            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel=f"val loss after {STEPS} updates", ylim=(2.0, 3.6))
-        axes[-1].legend(title="width, density", fontsize=7)
+                best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, ceiling=ceiling(points), val_loss=loss, std=std,
+                                 n=next(n for _, mean, _, n in points if mean == loss)))
+            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel=f"val loss after {RUNS[optimizer]['steps']} updates", ylim=(1.9, 3.1) if optimizer == "adam" else (2.0, 3.6))
+        axes[-1].legend(title="width, density", fontsize=7, ncol=3, loc="upper center")
         save(made, f"supar_lr_{optimizer}.png")
     write_csv("supar_best.csv", best)
     print("optimizer rule      best lr, smallest to largest over the widths and densities; their ratio; the same of the rate that costs 0.05 nats; "
@@ -136,7 +139,9 @@ def report_sweep():
             base = min(points.get((BASE, 1.0), next(iter(points.values()))), key=lambda p: p[1])[0]
             costs = [next(p[1] for p in c if p[0] == base) - min(p[1] for p in c) for c in points.values()]
             tops = [b["ceiling"] for b in best if (b["optimizer"], b["rule"]) == (optimizer, rule)]
-            print(f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  x{max(rates) / min(rates):.1f}   {min(tops):.4g} .. {max(tops):.4g}  "
+            tuned = next((b["best_lr"] for b in best if (b["optimizer"], b["rule"], b["width"], b["density"]) == (optimizer, rule, BASE, 1.0)), math.nan)
+            print(f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  x{max(rates) / min(rates):.1f}, {min(rates) / tuned:.2f} .. "
+                  f"{max(rates) / tuned:.2f} of the base model's   {min(tops):.4g} .. {max(tops):.4g}  "
                   f"x{max(tops) / min(tops):.1f}   mean {sum(costs) / len(costs):.4f}, "
                   f"worst {max(costs):.4f}")
 
@@ -220,6 +225,7 @@ def report_check():
 def main(argv=None) -> int:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--part", choices=("check", "sweep"), help="only the coordinate check, or only the sweep of rates")
+    parser.add_argument("--optimizer", choices=tuple(RATES), help="sweep this one's rates only; the table keeps the other's")
     flags = parser.parse_args(argv)
     if flags.part != "sweep":
         if not flags.plot_only:
@@ -227,7 +233,9 @@ def main(argv=None) -> int:
         report_check()
     if flags.part != "check":
         if not flags.plot_only:
-            write_csv("supar_sweep.csv", in_parallel(sweep_run, sweep_tasks(), flags.processes))
+            again = [flags.optimizer] if flags.optimizer else list(RATES)
+            kept = [row for row in read_csv("supar_sweep.csv") if row["optimizer"] not in again] if flags.optimizer else []
+            write_csv("supar_sweep.csv", in_parallel(sweep_run, sweep_tasks(again), flags.processes) + kept)
         report_sweep()
     return 0
 
