@@ -16,7 +16,7 @@ The whole trainer is this file, at most 1,100 lines (a test counts). From top to
     Checkpoint     a run is never lost: save, find, resume bit for bit
     Evaluate       validation loss, and sampling from a trained model
     Train          warm-up before the clock, the loop, main()
-The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt; --preset nov2024) and what beat it in records/.
+The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt; --preset nov2024) and what beat it since (measured in records/).
 """
 import argparse, concurrent.futures, contextlib, ctypes, dataclasses, datetime, difflib, functools, glob, hashlib, io, json, math, os, platform, re, resource
 import signal, sys, threading, time, traceback, uuid
@@ -139,8 +139,8 @@ class Config:
         for name in ("relora", "galore"): refuse(get(name) > self.n_embd, f"--{name} {get(name)}: rank above that of the matrices, {self.n_embd}")
         refuse(self.n_embd % (2 * self.n_head), f"--n_embd {self.n_embd} over --n_head {self.n_head} must give an even whole head_dim")
         refuse(self.ngram == 1 or self.ngram > self.n_embd, f"--ngram {self.ngram}: must be 0 (off), or from 2 up to --n_embd {self.n_embd}")
-        windows, letters = f"--window {self.window} with --window_pattern {self.window_pattern}", set("LS" if self.window else "L")
-        refuse(not self.window_pattern or set(self.window_pattern) | {"L"} != letters, f"{windows}: L and S only, an S if and only if there is a window")
+        windows, allowed = f"--window {self.window} with --window_pattern {self.window_pattern}", [{"S"}, {"L", "S"}] if self.window else [{"L"}]
+        refuse(set(self.window_pattern) not in allowed, f"{windows}: letters L and S only, and an S if and only if there is a window")
         refuse(self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
         refuse(self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)")
         on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
@@ -174,7 +174,7 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
     wide, end = functools.partial(argparse.HelpFormatter, max_help_position=34, width=170), f"In [ ]: gpt2_small's. Presets: {', '.join(PRESETS)}."
     parser = argparse.ArgumentParser(usage="train_gpt.py [--flag value ...]; booleans: --flag or --no_flag", epilog=end, formatter_class=wide,
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: refuse(True, f"{message}; --help lists all flags")
+    parser.error = lambda message: refuse(True, f"{message} (--help lists all flags)")
     for name, comment, default in flag_table():
         kind, about, latest = FIELDS[name], f"{comment} [{default}]", dict(nargs="?", const="latest") if name == "resume" else {}
         if "bool" not in str(kind): parser.add_argument(f"--{name}", type=kind, metavar="", help=about, **latest)
@@ -182,11 +182,27 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
             parser.add_argument(f"--{name}", action="store_true", help=about)
             parser.add_argument(f"--no_{name}", action="store_false", help=argparse.SUPPRESS, dest=name)
     given, unknown = parser.parse_known_args(argv)
-    near = difflib.get_close_matches("".join(unknown[:1]).removeprefix("--"), FIELDS, n=1)
-    if unknown: parser.error(f"unknown argument {unknown[0]}" + (f", did you mean --{near[0]}?" if near else " (a glob needs quotes)"))
+    near = [f", did you mean --{name}?" for name in difflib.get_close_matches("".join(unknown[:1]).removeprefix("--"), FIELDS, n=1)]
+    if unknown: parser.error(f"unknown argument {unknown[0]}{(near or ['' if unknown[0].startswith('-') else '; a glob needs quotes'])[0]}")
+    refuse("" in vars(given).values(), f"--{next((name for name, value in vars(given).items() if value == ''), '')} needs a value")
     preset = getattr(given, "preset", default_preset)
     refuse(preset not in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     return dataclasses.replace(PRESETS[preset], **vars(given))
+def resolve(config: Config, device: torch.device) -> Config:
+    """Every "chosen for you" value replaced by what was chosen, so that the log says what ran."""
+    c, compile = config, device.type == "cuda" if config.compile is None else config.compile
+    masked = c.doc_mask or any(0 < window < c.seq_len for window in layer_windows(c))
+    auto = "flex" if device.type == "cuda" and compile and masked else "sdpa"
+    new = dict(device=device.type, compile=compile, attention=auto if c.attention == "auto" else c.attention)
+    if c.relora:
+        wrap = c.relora_warm_start or max(1, c.steps // 4)
+        every = c.relora_interval or max(1, (c.steps - wrap) // 4)
+        alpha, rewarm = c.relora_alpha or c.relora / 4, c.relora_rewarm or max(1, every // 10)
+        new |= dict(relora_alpha=alpha, relora_warm_start=wrap, relora_interval=every, relora_rewarm=rewarm)
+    if c.lawa:
+        new["lawa_interval"] = every = c.lawa_interval or max(1, c.steps // 100)
+        refuse(c.lawa * every > c.steps, f"--lawa {c.lawa}: snapshots every {every} of {c.steps} steps never fill the window; lower one of them")
+    return dataclasses.replace(c, **new)
 
 # --------------------------------------------------------------------------------------------------------------- Runtime
 class Runtime:
@@ -207,7 +223,7 @@ def init_runtime(config: Config) -> Runtime:
     cuda = config.device == "cuda" or config.device == "auto" and gpus > 0
     refuse(cuda and not gpus, "--device cuda: no usable CUDA device on this machine; leave --device out to train on the CPU")
     refuse(cuda and local_rank >= gpus, f"more processes than the {gpus} GPUs of this machine: lower NPROC")
-    fits = sorted((n for n in range(1, rows + 1) if rows % n == 0), key=lambda n: abs(n - world_size))[:2]
+    fits = sorted((n for n in range(1, min(rows, 2**16) + 1) if rows % n == 0), key=lambda n: abs(n - world_size))[:2]
     refuse(rows % world_size, f"{world_size} processes do not divide the {rows} rows of a batch; nearest that do: {' and '.join(map(str, sorted(fits)))}")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda: torch.cuda.set_device(device)
@@ -240,8 +256,8 @@ def watch_peers(runtime: Runtime, patience: float):
 def brief(error) -> str: return (str(error).splitlines() or ["unknown error"])[0]  # all that a user gets of a message
 def tell_failure(runtime: Runtime | None, message: str, code: int):  # one line, from the first rank to fail; also into $SPEEDRUN_ERROR_FILE
     line, first = f"train_gpt.py: {brief(message)}", not int(os.environ.get("LOCAL_RANK") or 0)
-    with contextlib.suppress(RuntimeError, OSError, AttributeError):  # alone, or no store left to ask
-        first = runtime.store.compare_set("first to fail", "", str(runtime.rank)) == str(runtime.rank).encode()
+    with contextlib.suppress(RuntimeError, OSError):  # no store left to ask
+        if runtime and runtime.store: first = runtime.store.compare_set("first to fail", "", str(runtime.rank)) == str(runtime.rank).encode()
     if first: print(line, file=sys.stderr, flush=True)
     if first and (path := os.environ.get("SPEEDRUN_ERROR_FILE")): Path(path).write_text(f"{code} {line}\n")
 
@@ -257,7 +273,7 @@ class Shards:
                 self.maps.append(np.memmap(path, "<u2", "r"))
                 header, right = self.maps[-1][:6].view("<i4").tolist(), [20240520, 1, len(self.maps[-1]) - 512]
             except (OSError, ValueError) as error: raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
-            why = f"magic number, version and count of tokens are {header}, for this size {right}"
+            why = f"magic number, version and tokens in its header are {header}, in a file of its size {right}"
             refuse(header != right or right[2] < 1, f"{path}: not a whole token shard ({why}); fetch or prepare it again")
         self.stats, self.ends = [file_stat(path) for path in self.paths], np.cumsum([len(tokens) - 512 for tokens in self.maps])
     def __len__(self) -> int: return int(self.ends[-1])
@@ -308,7 +324,7 @@ class Batches:
             rows = torch.from_numpy(self.batch_at(step, slice(runtime.rank * share, (runtime.rank + 1) * share)).astype(np.int64))
             return rows.pin_memory() if runtime.cuda else rows
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(read, start)
+            ahead = reader.submit(read, start)  # the last batch is read twice: no special case
             for step in range(start + 1, stop + 1):
                 rows, ahead = ahead.result(), reader.submit(read, min(step, stop - 1))
                 yield split(rows.to(runtime.device, non_blocking=True))
@@ -323,7 +339,7 @@ def attention_mask(tokens: Tensor, window: int, config: Config):
     backend wants it: None (plain causal), a BlockMask, or bool [B or 1, 1, T, T]."""
     (B, T), device = tokens.shape, tokens.device
     if not (0 < window < T or config.doc_mask): return None
-    docs, rows, i = (tokens == config.vocab_size - 1).cumsum(1), B if config.doc_mask else 1, torch.arange(T, device=device)
+    docs, rows, i = (tokens == config.vocab_size - 1).cumsum(1) if config.doc_mask else None, B if config.doc_mask else 1, torch.arange(T, device=device)
     def allowed(b, h, q, k):
         ok = (q >= k) & (q - k < window) if window else q >= k
         return ok & (docs[b, q] == docs[b, k]) if config.doc_mask else ok
@@ -348,11 +364,7 @@ def ngram_hashes(tokens: Tensor, config: Config) -> list[Tensor]:
         value = (value * 65599 + back) % 2**31
         found.append((value * 0x9E3779B1 >> 20) % config.ngram_rows)  # Fibonacci hashing: all bits count
     return found
-def rotary_tables(head_dim: int, seq_len: int) -> Tensor:
-    """Cosines and sines [2, T, head_dim / 2] of rotary position embedding (arXiv 2104.09864)."""
-    angles = torch.outer(torch.arange(seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
-    return torch.stack((angles.cos(), angles.sin()))
-def rotate(x: Tensor, tables: Tensor) -> Tensor:  # [B, H, T, head_dim]; halves, not neighbours
+def rotate(x: Tensor, tables: Tensor) -> Tensor:  # rotary position embedding of [B, H, T, head_dim], arXiv 2104.09864; halves, not neighbours
     (cos, sin), (a, b) = tables[:, : x.size(-2)].to(x.dtype), x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
@@ -361,7 +373,9 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.n_head, self.qk_norm = config.n_head, config.qk_norm
         self.q, self.k, self.v, self.o = (Linear(config.n_embd, config.n_embd) for _ in range(4))
-        self.register_buffer("rotary", rotary_tables(config.n_embd // config.n_head, config.seq_len), persistent=False)
+        head_dim = config.n_embd // config.n_head
+        angles = torch.outer(torch.arange(config.seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
+        self.register_buffer("rotary", torch.stack((angles.cos(), angles.sin())), persistent=False)  # [2, T, head_dim / 2]
         self.value_lambda = nn.Parameter(torch.empty(())) if config.value_residual else None
     def forward(self, x: Tensor, v1: Tensor | None, mask) -> tuple[Tensor, Tensor]:
         q, k, v = (w(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))  # [B, H, T, head_dim]
@@ -439,11 +453,11 @@ class Optimizer:
     """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass says what the update is.
     named: {name: parameter}; they and their gradients become views into `weights` and `grads`, [rows, *row_shape], padded to divide over
     ranks. row_shape: () where any element may go to any rank (Adam), else the matrix that must stay whole. shards=1: every rank updates
-    everything. A parameter's attribute rate_scale, if any, is a factor on its rate."""
+    everything. A parameter's attribute rate_scale, if any, is a factor on its rate. steps: updates since the moments began."""
     def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, config: Config, runtime: Runtime, method=None, shards=0):
         self.named, self.lr, self.config, self.runtime, self.shards = named, lr, config, runtime, shards or runtime.world_size
         self.state: dict[str, Tensor] = {}  # {name: [own rows, ...]}
-        self.steps, self.scale, self.row_scale, self.method, self.work = 0, 1.0, 1.0, method or Method(), None  # steps: since the moments began
+        self.steps, self.scale, self.row_scale, self.method, self.work = 0, 1.0, 1.0, method or Method(), None
         self.spans, rows, first = {}, 0, next(iter(named.values()))
         for name, p in named.items(): self.spans[name] = slice(rows, rows := rows + p.numel() // math.prod(row_shape))
         share, index = -(-rows // self.shards), runtime.rank if self.shards > 1 else 0
@@ -474,7 +488,7 @@ class Optimizer:
         if self.work: self.work.wait()
         self.work = None
     def update(self, g: Tensor) -> Tensor: raise NotImplementedError  # what to subtract, times the rate, for gradient rows [own rows, ...]
-    def run(self, rule, *args) -> Tensor: return (compiled(rule) if self.config.compile else rule)(*args)
+    def call(self, rule, *args) -> Tensor: return (compiled(rule) if self.config.compile else rule)(*args)
     def moment(self, name: str, like: Tensor) -> Tensor:  # fp32, zero at first, to be changed in place
         if name not in self.state: self.state[name] = torch.zeros_like(like, dtype=torch.float32)
         return self.state[name]
@@ -495,8 +509,8 @@ class Optimizer:
         self.steps, names = first["steps"], sorted(first.keys() - {"rule", "steps"})
         self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in names}
 
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed them
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)  # torch 2.13 renamed them
+all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 compiled = functools.cache(functools.partial(torch.compile, dynamic=False))  # once per update rule; each stack's shape is compiled for itself
 def adam_update(g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float, bias1: Tensor, bias2: Tensor) -> Tensor:
     """Adam, arXiv 1412.6980; bias: 1 - beta ** steps. Changes the moments m and v in place."""
@@ -517,7 +531,7 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
 class Adam(Optimizer):
     def update(self, g: Tensor) -> Tensor:
         c, bias1, bias2 = self.config, *(torch.tensor(1 - beta**self.steps) for beta in (self.config.beta1, self.config.beta2))
-        return self.run(adam_update, g, self.moment("exp_avg", g), self.moment("exp_avg_sq", g), c.beta1, c.beta2, c.adam_eps, bias1, bias2)
+        return self.call(adam_update, g, self.moment("exp_avg", g), self.moment("exp_avg_sq", g), c.beta1, c.beta2, c.adam_eps, bias1, bias2)
 class Adagrad(Optimizer):
     """Rate over the root of the sum of all squared gradients (Duchi et al., JMLR 2011): rare rows take large steps when their turn comes."""
     def update(self, g: Tensor) -> Tensor: return g / (self.moment("sum_sq", g).addcmul_(g.float(), g.float()).sqrt() + 1e-12)
@@ -526,7 +540,7 @@ class Muon(Optimizer):
     2510.05491) then divides each row of a tall matrix, column of a wide one, by its running RMS and keeps the update's norm."""
     def update(self, g: Tensor) -> Tensor:
         c, momentum, m = self.config, momentum_at(self.steps - 1, self.config), self.moment("momentum", g)
-        u = self.run(newton_schulz, g + momentum * m.mul_(momentum).add_(g), torch.bfloat16 if c.bf16 else torch.float32)
+        u = self.call(newton_schulz, g + momentum * m.mul_(momentum).add_(g), torch.bfloat16 if c.bf16 else torch.float32)
         if not c.normuon: return u
         square = u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True)
         mean = self.moment("row_sq", square).lerp_(square, 1 - c.normuon) / (1 - c.normuon**self.steps)
@@ -560,7 +574,7 @@ class Method:
     def attach(self, model: GPT): ...  # after init, before optimizers and compile
     def project(self, optimizer: Optimizer, g: Tensor) -> Tensor: return g  # gradient rows, on their rank, before the update
     def lift(self, optimizer: Optimizer, u: Tensor) -> Tensor: return u  # the update, back to the weights' shape
-    def resume(self, step: int, run: "Run"): ...  # the shape that model and optimizers have after `step` updates
+    def resume(self, step: int, run: "Run"): ...  # give model and optimizers the shape of after `step` updates, if they lack it
     def after_step(self, step: int, run: "Run"): ...  # after update number `step`, 1-based
     def eval_weights(self, model: GPT): return contextlib.nullcontext()  # around validation
     def state_dict(self) -> dict: return {}
@@ -597,7 +611,7 @@ class ReLoRA(Method):
         for layer in layers_of(run.model, LoRALinear).values(): layer.weight.copy_(layer.merged())
         for optimizer in run.optimizers:
             if optimizer.weights.ndim == 3 and optimizer.state and step > c.relora_warm_start: self.prune(optimizer)
-        self.resume(step, run)  # the first time
+        self.resume(step, run)  # at the end of the warm start, when there is nothing to merge yet
         for name, layer in layers_of(run.model, LoRALinear).items():
             uniform(layer.A, layer.n_in, c.seed, "relora", step, name)
             layer.B.zero_()
@@ -618,7 +632,8 @@ class EightBit:
             values = (self.state[name].view(torch.float8_e4m3fn).float() * self.state[name + "_scale"]).flatten(1)
             values = values[:, : like[0].numel()].reshape(like.shape)
             self.opened[name] = values.square() if name == "exp_avg_sq" else values
-        return self.opened.setdefault(name, torch.zeros_like(like, dtype=torch.float32))
+        if name not in self.opened: self.opened[name] = torch.zeros_like(like, dtype=torch.float32)
+        return self.opened[name]
     def step(self):
         self.opened = {}  # moments in fp32, during this step
         super().step()
@@ -690,8 +705,8 @@ class LAWA(Method):
             weights |= {f"{name}.weight": layer.merged().detach(), f"{name}.B": torch.zeros_like(layer.B)}
         size = c.lawa * sum(t.nbytes for t in weights.values())  # on the device, if the window fits into a third of its free memory
         self.place = self.place or (device if run.runtime.cuda and size < torch.cuda.mem_get_info()[0] / 3 else torch.device("cpu"))
-        same_model = [old for old in self.window if old.keys() == weights.keys()]
-        self.window = (same_model + [{name: t.to(self.place) for name, t in weights.items()}])[-c.lawa:]
+        same_model = [old for old in self.window if old.keys() == weights.keys()]  # since a wrap, if there was one
+        self.window = [{name: t.to(self.place) for name, t in old.items()} for old in [*same_model, weights][-c.lawa:]]
         if c.lawa_mode == "replace" and len(self.window) == c.lawa: self.put(run.model, self.mean())
     def mean(self) -> dict[str, Tensor]:
         mean = {name: sum(weights[name].double() for weights in self.window) / len(self.window) for name in self.window[0]}
@@ -733,21 +748,6 @@ def make_methods(config: Config, log=print) -> list[Method]:
     return [method(config, log) for method in dict.fromkeys(method for name, method in on.items() if getattr(config, name))]
 
 # ------------------------------------------------------------------------------------------------------------- Schedules
-def resolve(config: Config, device: torch.device) -> Config:
-    """Every "chosen for you" value replaced by what was chosen, so that the log says what ran."""
-    c, compile = config, device.type == "cuda" if config.compile is None else config.compile
-    masked = c.doc_mask or any(0 < window < c.seq_len for window in layer_windows(c))
-    auto = "flex" if device.type == "cuda" and compile and masked else "sdpa"
-    new = dict(device=device.type, compile=compile, attention=auto if c.attention == "auto" else c.attention)
-    if c.relora:
-        wrap = c.relora_warm_start or c.steps // 4
-        every = c.relora_interval or max(1, (c.steps - wrap) // 4)
-        alpha, rewarm = c.relora_alpha or c.relora / 4, c.relora_rewarm or max(1, every // 10)
-        new |= dict(relora_alpha=alpha, relora_warm_start=wrap, relora_interval=every, relora_rewarm=rewarm)
-    if c.lawa:
-        new["lawa_interval"] = every = c.lawa_interval or max(1, c.steps // 100)
-        refuse(c.lawa * every > c.steps, f"--lawa {c.lawa}: snapshots every {every} of {c.steps} steps never fill the window; lower one of them")
-    return dataclasses.replace(c, **new)
 def lr_at(step: int, config: Config) -> float:
     """Factor on all rates for update `step`, 0-based: linear warm-up, constant, linear cool-down; jagged with ReLoRA."""
     c, since_wrap = config, step - config.relora_warm_start
@@ -763,7 +763,7 @@ class Clock:
     """Training time. Synchronises the device at every start and stop; nothing else in this file measures training."""
     def __init__(self, device: torch.device):
         self.seconds, self.since, self.sync = 0.0, None, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    def now(self) -> float: return self.sync() or time.perf_counter()
+    def now(self) -> float: return self.sync() or time.perf_counter()  # sync() returns None
     def start(self): self.since = self.now()
     def stop(self): self.seconds, self.since = self.seconds + self.now() - self.since, None
     @contextlib.contextmanager
@@ -823,13 +823,9 @@ def device_name(device: torch.device) -> str: return torch.cuda.get_device_name(
 def grep(path: str, pattern: str) -> str:
     return (re.findall(pattern, Path(path).read_text() if os.path.exists(path) else "") or [platform.machine()])[0]
 
-# Dense bf16 FLOP/s by the vendors' data sheets; the first name found in the device's counts
-BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "5090": 210e12,
-             "4090": 165e12, "A6000": 155e12, "L4": 121e12, "3090": 71e12, "A10G": 70e12}
-
 # ------------------------------------------------------------------------------------------------------------ Checkpoint
 class Run:
-    """All that training changes. data: {file name: sha256}; step: updates done; signal: number of the one that asks this process to stop."""
+    """A run: its settings and all that training changes. data: {file name: sha256}; step: updates done; signal: the one that asks us to stop."""
     def __init__(self, config: Config, runtime: Runtime, model: GPT, methods: list, optimizers=(), clock=None, log=None, data=None, step: int = 0):
         self.config, self.runtime, self.model, self.methods, self.optimizers = config, runtime, model, methods, list(optimizers)
         self.clock, self.log, self.data, self.step, self.resumed, self.signal = clock, log, data, step, False, 0
@@ -839,16 +835,17 @@ class Run:
         return {"model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}, "step": self.step,
                 "optimizers": functools.reduce(dict.__or__, (o.gather_state() for o in self.optimizers), {}), "rng": torch.get_rng_state(),
                 "methods": {type(m).__name__: m.state_dict() for m in self.methods}}
-    def load_state(self, state: dict, origin="this state"):
-        """Take the shape and the values of a state. Errors: UserError when it is of another model or method."""
+    def load_state(self, state: dict, origin: Path | None = None):
+        """Take the shape and the values of a state. Errors: UserError when the checkpoint `origin` is of another model or method."""
         try:
             for method in self.methods: method.resume(state["step"], self)
             self.model.load_state_dict(state["model"])
             for optimizer in self.optimizers: optimizer.load_state(state["optimizers"])
             for method in self.methods: method.load_state_dict(state["methods"][type(method).__name__])
-        except (KeyError, RuntimeError) as error: raise UserError(f"{origin} does not fit this model or method ({brief(error)[:90]})") from None
-        torch.set_rng_state(state["rng"])
-        self.step = state["step"]
+            torch.set_rng_state(state["rng"])
+            self.step = state["step"]
+        except (KeyError, RuntimeError) as error:
+            raise (UserError(f"{origin} does not fit this model or method ({brief(error)[:90]})") if origin else error) from None
 def save_checkpoint(run: Run):
     """checkpoint_dir/<run_id>/step_<n>.pt: torch.save and the sha256 of that. A collective."""
     state, path, log, file = run.state(), Path(run.config.checkpoint_dir, run.log.run_id, f"step_{run.step:06d}.pt"), run.log, io.BytesIO()
@@ -876,8 +873,8 @@ def find_checkpoint(wanted: str, folder: str, say, accept=lambda state: True) ->
     """The checkpoint at a path, or the latest; one that is damaged is named, and the next older one taken."""
     path, latest = Path(wanted), wanted == "latest"
     if latest: found = sorted(Path(folder).glob("*/step_*.pt"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
-    else: found = [path] * path.is_file() + sorted((p for p in path.parent.glob("step_*.pt") if p.name < path.name), reverse=True)
-    refuse(not (found if latest else path.is_file()), f"no checkpoint {f'in {folder}' if latest else wanted}: train with --checkpoint_every N first")
+    else: found = [path, *sorted((p for p in path.parent.glob("step_*.pt") if p.name < path.name), reverse=True)] if path.is_file() else []
+    refuse(not found, f"no checkpoint {f'in {folder}' if latest else wanted}: train with --checkpoint_every N first")
     for path in found:
         try:
             if accept(state := read_checkpoint(path)): return path, state
@@ -931,14 +928,14 @@ def generate(config: Config):
     """Print config.generate and what the model of a checkpoint makes of it, as it comes."""
     path, state = find_checkpoint(config.checkpoint, config.checkpoint_dir, print)
     c = Config(**{name: value for name, value in state["config"].items() if name in FIELDS} | dict(attention="sdpa"))
-    run, (encode, decode), draw, out = build(c, init_runtime(config)), tokenizer(c), seeded(config.seed, "generate"), sys.stdout.buffer
+    run, (encode, decode) = build(c, init_runtime(config)), tokenizer(c)
     run.load_state(state, path)
-    tokens = [c.vocab_size - 1, *encode(config.generate)]
+    tokens, draw, out = [c.vocab_size - 1, *encode(config.generate)], seeded(config.seed, "generate"), sys.stdout.buffer
     out.write(config.generate.encode())
     for _ in range(config.generate_tokens):
         logits = run.model(torch.tensor([tokens[-c.seq_len:]], device=run.runtime.device))[0, -1, : c.vocab_size].cpu()
-        odds = torch.softmax(logits / max(config.temperature, 1e-6), 0)  # at 0: one for the likeliest
-        tokens.append(int(torch.multinomial(odds, 1, generator=draw)))
+        odds = torch.softmax(logits / (config.temperature or 1.0), 0)
+        tokens.append(int(torch.multinomial(odds, 1, generator=draw) if config.temperature else odds.argmax()))
         if tokens[-1] == c.vocab_size - 1: break
         out.write(decode(tokens[-1:]))
         out.flush()
@@ -1002,17 +999,21 @@ def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) 
         for optimizer in run.optimizers: optimizer.scale = lr_at(run.step, c)  # now: galore_per_layer updates during backward
         loss = forward_backward(forward, inputs, targets, micro, runtime.world_size)
         health = torch.stack((loss, torch.full_like(loss, run.signal > 0)))
-        if work := runtime.reduce(health): work.wait()  # summed over ranks, so all ranks decide alike
+        work = runtime.reduce(health)  # summed over ranks, so all ranks decide alike
         update(run)
         run.step += 1
         for method in run.methods: method.after_step(run.step, run)
-        loss, stop = health.tolist()  # the one time in a step that we wait for the device
+        if work: work.wait()
+        loss, stop = health.tolist()  # waits for the whole step
         log.step(run.step, c.steps, "train", checked("train", loss), clock.ms)
         seconds = (clock.ms - started) / 1000 / (run.step - first)
         log.progress(f"step {run.step}/{c.steps}  loss {loss:.4f}  {c.batch_tokens / seconds:,.0f} tokens/s  {seconds * (c.steps - run.step):.0f} s left")
         if stop: raise Stopped(run.signal or signal.SIGTERM)
         if c.checkpoint_every and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
             with clock.paused(): save_checkpoint(run)
+# Dense bf16 FLOP/s by the vendors' data sheets; the first name found in the device's counts
+BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "5090": 210e12,
+             "4090": 165e12, "A6000": 155e12, "L4": 121e12, "3090": 71e12, "A10G": 70e12}
 def result_of(run: Run, val_loss: float, warmup_ms: float) -> dict:  # the log's last line
     c, ms, runtime, name = run.config, 1000 * run.clock.seconds, run.runtime, device_name(run.runtime.device)
     rate, peak = c.steps * c.batch_tokens / ms * 1000, next((flops for card, flops in BF16_PEAK.items() if card in name), None)
@@ -1048,7 +1049,7 @@ def train(config: Config, runtime: Runtime, argv: list[str]):  # a whole run, fr
     say = functools.partial(log.line, echo=True)
     run = build(config, runtime, say)
     run.optimizers, run.clock, run.log, run.data = make_optimizers(run.model, config, runtime, run.methods), Clock(runtime.device), log, data
-    def obey(number, frame): run.signal = os._exit(128 + number) if run.signal else number  # after the current step; a second time, at once
+    def obey(number, frame): run.signal = number if not run.signal else os._exit(128 + number)  # after the current step; a second one at once
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, obey)
     say(f"{config.preset}: {run.size:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens, "
         f"{runtime.world_size} x {device_name(runtime.device)}, attention {config.attention}, compile {config.compile}")
@@ -1073,13 +1074,13 @@ def train(config: Config, runtime: Runtime, argv: list[str]):  # a whole run, fr
     if log.main: print(f"val_loss {result['val_loss']:.4f}{bits}, {outcome} in {run.clock.seconds:.1f} s of training | log {log.path}")
 def main(argv: list[str] | None = None) -> int:
     argv, runtime, code = sys.argv[1:] if argv is None else argv, None, 0
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda number, frame: os._exit(128 + number))  # train() is kinder
     try:
         config = parse_config(argv, "gpt2_small" if torch.cuda.is_available() else "laptop")
         if config.generate: return generate(config) or 0
         runtime = init_runtime(config)
         train(resolve(config, runtime.device), runtime, argv)
     except Stopped as stop: code = 128 + stop.args[0]
-    except KeyboardInterrupt: code = 128 + signal.SIGINT
     except (UserError, torch.OutOfMemoryError) as error:
         tell_failure(runtime, error if isinstance(error, UserError) else "out of memory: give a smaller --micro_batch than the log's", code := 2)
     except Exception as error:

@@ -21,7 +21,7 @@ BAD = [  # a command line, and words that the answer must hold
     ("steps 5", "unknown argument steps, did you mean --steps?"),
     ("-steps 5", "-steps"),
     ("--steps", "--steps: expected one argument", "--help"),
-    ("--steps=", "--steps: invalid int value: ''"),
+    ("--steps=", "--steps: invalid int value: ''"), ("--resume=", "--resume needs a value"), ("--learning_rate=5", "unknown argument --learning_rate=5 (--help"),
     ("--steps --seed 3", "--steps: expected one argument"),
     ("--bf16=1", "--bf16: ignored explicit argument '1'"),
     ("--bf16 true", "unknown argument true"),

@@ -48,10 +48,10 @@ def foreign_bytes(path):
 FAULTS = {
     "magic": (lambda p: rewrite(p, magic=20240521), "not a whole token shard"),
     "version": (lambda p: rewrite(p, version=2), "not a whole token shard"),
-    "count too large": (lambda p: rewrite(p, count=2002), "[20240520, 1, 2002], for this size [20240520, 1, 2001]"),
-    "count too small": (lambda p: rewrite(p, count=2000), "[20240520, 1, 2000], for this size [20240520, 1, 2001]"),
+    "count too large": (lambda p: rewrite(p, count=2002), "[20240520, 1, 2002], in a file of its size [20240520, 1, 2001]"),
+    "count too small": (lambda p: rewrite(p, count=2000), "[20240520, 1, 2000], in a file of its size [20240520, 1, 2001]"),
     "negative count": (lambda p: rewrite(p, count=-1), "not a whole token shard"),
-    "truncated": (lambda p: os.truncate(p, 3000), "[20240520, 1, 2001], for this size [20240520, 1, 988]"),
+    "truncated": (lambda p: os.truncate(p, 3000), "[20240520, 1, 2001], in a file of its size [20240520, 1, 988]"),
     "header cut": (lambda p: os.truncate(p, 700), "token shard"),
     "empty file": (lambda p: os.truncate(p, 0), "token shard"),
     "no tokens": (lambda p: write_shard(p, []), "not a whole token shard"),
@@ -66,7 +66,7 @@ FAULTS = {
 def test_bad_shard_is_refused_before_step_0(fault, name, folder):
     damage, words = FAULTS[fault]
     damage(folder / name)
-    check_refused(run(flags(folder)), str(folder / name), words if name.startswith("train") or "2001" not in words else "for this size")
+    check_refused(run(flags(folder)), str(folder / name), words if name.startswith("train") or "2001" not in words else "in a file of its size")
     assert not (folder / "logs").exists(), "refused before a log is opened"
 
 

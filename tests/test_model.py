@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import tiny
 
 import train_gpt
-from train_gpt import GPT, Runtime, attend, attention_mask, init_weights, layer_windows, make_optimizers, rotary_tables, rotate
+from train_gpt import GPT, CausalSelfAttention, Runtime, attend, attention_mask, init_weights, layer_windows, make_optimizers, rotate
 
 EOT, T = 256, 32
 
@@ -244,7 +244,7 @@ def test_windows_of_layers():
 # ------------------------------------------------------------------------------------------------------------ rotary, QK-norm
 
 def test_rotary_keeps_norms_and_tells_relative_positions():
-    generator, rotary = torch.Generator().manual_seed(0), functools.partial(rotate, tables=rotary_tables(16, T))
+    generator, rotary = torch.Generator().manual_seed(0), functools.partial(rotate, tables=CausalSelfAttention(tiny(n_embd=32, n_head=2, seq_len=T)).rotary)
     x = torch.randn(2, 3, T, 16, generator=generator)
     assert torch.allclose(rotary(x).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
     assert torch.allclose(rotary(x)[..., 0, :], x[..., 0, :]), "position 0 does not turn"
