@@ -91,7 +91,8 @@ class Config:
     beta2: float = 0.95  # Adam's
     adam_eps: float = 1e-8  # Adam's
     warmup: int = 0  # updates of linear learning-rate warm-up
-    cooldown: float = 0.2856  # share of the run, at its end, in which the rates fall to zero
+    cooldown: float = 0.2856  # share of the run, at its end, in which the rates fall
+    lr_floor: float = 0.0  # ... to this share of themselves
     # methods
     relora: int = 0  # ReLoRA: rank of the adapters; 0: off
     relora_alpha: float = 0.0  # adapters count alpha / rank; 0: a quarter of the rank
@@ -150,7 +151,7 @@ class Config:
 
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
-AT_MOST = dict(vocab_size=65536, ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, relora_prune=1)
+AT_MOST = dict(vocab_size=65536, ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, lr_floor=1, relora_prune=1)
 POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
             "ngram_rows", "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
 RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
@@ -750,8 +751,8 @@ def make_methods(config: Config, log=print) -> list[Method]:
 # ------------------------------------------------------------------------------------------------------------- Schedules
 def lr_at(step: int, config: Config) -> float:
     """Factor on all rates for update `step`, 0-based: linear warm-up, constant, linear cool-down; jagged with ReLoRA."""
-    c, since_wrap = config, step - config.relora_warm_start
-    factor = min(1.0, (step + 1) / max(1, c.warmup), (c.steps - step) / max(1, round(c.cooldown * c.steps)))
+    c, since_wrap, left = config, step - config.relora_warm_start, (config.steps - step) / max(1, round(config.cooldown * config.steps))
+    factor = min(1.0, (step + 1) / max(1, c.warmup), c.lr_floor + (1 - c.lr_floor) * left)
     if not c.relora or since_wrap < 0: return factor
     return factor * min(1.0, (since_wrap % c.relora_interval + 1) / c.relora_rewarm)  # from near zero back to the same curve
 def momentum_at(step: int, config: Config) -> float:  # Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024)
@@ -952,9 +953,8 @@ def forward_backward(forward, inputs: Tensor, targets: Tensor, micro: int, world
         total += loss.detach()
     return total
 def update(run: Run):  # one optimizer update. All collectives are under way before the first is waited for
-    for optimizer in run.optimizers: optimizer.reduce()
-    for optimizer in run.optimizers: optimizer.step()
-    for optimizer in run.optimizers: optimizer.finish()
+    for stage in ("reduce", "step", "finish"):
+        for optimizer in run.optimizers: getattr(optimizer, stage)()
 def warm_up(run: Run, forward) -> int:
     """Compile and run everything once on random tokens, before the clock starts, then put weights and state back.
     Returns the micro-batch: --micro_batch, or a guess from the free memory that is halved while it does not fit."""

@@ -242,6 +242,7 @@ def test_learning_rate():
     config = tiny(steps=100, warmup=10, cooldown=0.25)
     assert [at(step, config) for step in (0, 4, 9, 10, 50, 74, 75)] == pytest.approx([0.1, 0.5, 1, 1, 1, 1, 1])
     assert [at(step, config) for step in (76, 85, 99)] == pytest.approx([24 / 25, 15 / 25, 1 / 25])
+    assert [at(step, tiny(steps=100, cooldown=0.25, lr_floor=0.1)) for step in (0, 75, 85, 99)] == pytest.approx([1, 1, 0.1 + 0.9 * 0.6, 0.1 + 0.9 / 25])
     assert all(at(step, tiny(steps=100, cooldown=0.0)) == 1 for step in range(100))
     record = train_gpt.PRESETS["gpt2_small"]
     falling = next(step for step in range(record.steps) if at(step, record) < 1)
