@@ -96,12 +96,12 @@ def kill(count: int, rng: random.Random, root: Path) -> str:
         process = subprocess.Popen(command + place.flags, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
         wait_for_step(place, rng.randrange(STEPS - 2), process)
         if trial % 2:  # in every other trial, while a checkpoint is being written
-            wait_until(lambda: any(place.folder.glob("checkpoints/*/writing.tmp")), process)
+            wait_until(lambda: any(place.folder.glob("checkpoints/*/*.tmp")), process)
         else:
             time.sleep(rng.random() * 0.05)
         process.kill()
         process.wait()
-        saving += any(place.folder.glob("checkpoints/*/writing.tmp"))
+        saving += any(place.folder.glob("checkpoints/*/*.tmp"))
         before = {path: path.read_bytes() for path in place.checkpoints()}
         resume = ["--resume", "latest"] if place.checkpoints() else []  # killed before the first checkpoint: start again
         done = subprocess.run(command + place.flags + resume, capture_output=True, text=True, env=environment)
