@@ -163,8 +163,8 @@ PRESETS = {name: Config(preset=name, **fields) for name, fields in {
     "gpt2_medium": dict(normuon=0.95, n_layer=24, n_head=8, n_embd=1024, steps=6000, target=2.92),
     "gpt2_xl": dict(normuon=0.95, n_layer=48, n_head=25, n_embd=1600, steps=10000, target=2.8),
     "laptop": dict(train_files="data/laptop/laptop_train_*.bin", val_files="data/laptop/laptop_val_*.bin", vocab_size=257, n_layer=2,
-                   n_head=2, n_embd=128, ngram=5, batch_tokens=2048, seq_len=128, val_tokens=262144, val_every=50, steps=195, target=1.26,
-                   spread_rows=True, lr_muon=0.04, lr_head=0.008, cooldown=0.6, momentum_warmup=40, bf16=False),
+                   n_head=2, n_embd=128, ngram=5, normuon=0.95, batch_tokens=2048, seq_len=128, val_tokens=262144, val_every=50, steps=181, target=1.26,
+                   spread_rows=True, lr_muon=0.04, lr_head=0.008, cooldown=0.6, lr_floor=0.1, momentum_warmup=40, bf16=False),
 }.items()}
 
 def flag_table() -> list[tuple[str, str, object]]:  # (flag, its comment in Config, default in gpt2_small): what --help and the README print

@@ -192,8 +192,9 @@ def effect(record: Record) -> str:
     verdict = record.race.get("faster")
     if verdict == "no":
         return "slower" if by_interval == "slower" else "loses: loss is worse"
+    level = record.race.get("level_per_look", 0.0)
     if verdict == "not shown" and by_interval == "faster":
-        return "less time; equal loss not shown"
+        return "less time, not at the race's level" if record.race.get("p_loss_not_worse", 1.0) <= level else "less time; equal loss not shown"
     return {"yes": "faster", None: by_interval}.get(verdict, "no difference shown")
 
 

@@ -26,8 +26,8 @@ import train_gpt  # noqa: E402
 
 RULE = "=" * 100
 STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
-TINY = dict(preset="laptop", device="cpu", n_layer=2, n_embd=32, n_head=2, ngram=0, seq_len=32, batch_tokens=256, val_tokens=512, val_every=5,
-            steps=12, momentum_warmup=8, lr_muon=0.02, lr_embed=0.3, lr_head=0.008, lr_scalar=0.02, cooldown=0.2856, spread_rows=True)
+TINY = dict(preset="laptop", device="cpu", n_layer=2, n_embd=32, n_head=2, ngram=0, normuon=0.0, lr_floor=0.0, seq_len=32, batch_tokens=256,
+            val_tokens=512, val_every=5, steps=12, momentum_warmup=8, lr_muon=0.02, lr_embed=0.3, lr_head=0.008, lr_scalar=0.02, cooldown=0.2856, spread_rows=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ shards, configs

@@ -13,8 +13,8 @@ import torch
 import train_gpt as tg
 
 ALONE = tg.Runtime(torch.device("cpu"))
-TINY = dataclasses.replace(tg.PRESETS["laptop"], n_layer=2, n_head=2, n_embd=32, ngram=0, vocab_size=64, seq_len=16, batch_tokens=64, val_tokens=64,
-                           steps=24, spread_rows=False, device="cpu")
+TINY = dataclasses.replace(tg.PRESETS["laptop"], n_layer=2, n_head=2, n_embd=32, ngram=0, normuon=0.0, lr_floor=0.0,
+                           vocab_size=64, seq_len=16, batch_tokens=64, val_tokens=64, steps=24, spread_rows=False, device="cpu")
 METHODS = {
     "relora": dict(relora=2, relora_warm_start=3, relora_interval=4, relora_rewarm=2),
     "relora_muon": dict(relora=2, relora_warm_start=3, relora_interval=4, relora_rewarm=2, relora_optimizer="muon", normuon=0.9),

@@ -152,6 +152,7 @@ def test_ranking_by_races(place):
 @pytest.mark.parametrize("changes, word", [
     (dict(ci=[0.7, 0.9]), "faster"), (dict(ci=[0.7, 1.1]), "no difference shown"), (dict(ci=[1.1, 1.2]), "slower"),
     (dict(ci=[0.7, 0.9], faster="yes"), "faster"), (dict(ci=[0.7, 0.9], faster="not shown"), "less time; equal loss not shown"),
+    (dict(ci=[0.7, 0.9], faster="not shown", p_loss_not_worse=0.001, level_per_look=0.005), "less time, not at the race's level"),
     (dict(ci=[0.9, 1.1], faster="not shown"), "no difference shown"),
     (dict(ci=[1.1, 1.2], faster="no"), "slower"), (dict(ci=[0.7, 0.9], faster="no"), "loses: loss is worse")])
 def test_effect(changes, word):

@@ -15,7 +15,7 @@ import train_gpt as tg  # noqa: E402  (the trainer under study, as it is in this
 
 ALONE = tg.Runtime(torch.device("cpu"))
 SMALL = dataclasses.replace(tg.PRESETS["laptop"], train_files=str(ROOT / "data/laptop/laptop_train_*.bin"),
-                            val_files=str(ROOT / "data/laptop/laptop_val_*.bin"), n_layer=4, n_embd=64, n_head=2, ngram=0,
+                            val_files=str(ROOT / "data/laptop/laptop_val_*.bin"), n_layer=4, n_embd=64, n_head=2, ngram=0, normuon=0.0, lr_floor=0.0,
                             momentum_warmup=60, seq_len=128, batch_tokens=2048,
                             val_tokens=32768, steps=200, val_every=0, device="cpu", compile=False)
 

@@ -74,7 +74,7 @@ def measure(preset: str, name: str, fields: dict) -> dict:
 
 
 def live() -> list[dict]:
-    rows = [measure("laptop", name, fields | dict(n_layer=4, ngram=0)) for name, fields in variants(32).items()]
+    rows = [measure("laptop", name, fields | dict(n_layer=4, ngram=0, normuon=0.0)) for name, fields in variants(32).items()]
     svd, newton_schulz = torch.linalg.svd, tg.newton_schulz
 
     def too_slow(*args, **kwargs):

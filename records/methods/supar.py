@@ -126,7 +126,8 @@ def report_sweep():
                 lr, loss, std = best_rate(points)
                 best.append(dict(optimizer=optimizer, rule=rule, width=width, density=density, best_lr=lr, ceiling=ceiling(points), val_loss=loss, std=std,
                                  n=next(n for _, mean, _, n in points if mean == loss)))
-            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylabel=f"val loss after {RUNS[optimizer]['steps']} updates", ylim=(1.9, 3.1) if optimizer == "adam" else (2.0, 3.6))
+            axis.set(xscale="log", title=f"{rule}, {optimizer}", xlabel=f"lr_{optimizer}", ylim=(1.9, 3.1) if optimizer == "adam" else (2.0, 3.6),
+                     ylabel=f"val loss after {RUNS[optimizer]['steps']} updates")
         axes[-1].legend(title="width, density", fontsize=7, ncol=3, loc="upper center")
         save(made, f"supar_lr_{optimizer}.png")
     write_csv("supar_best.csv", best)
