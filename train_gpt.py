@@ -24,6 +24,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 11]:
+    sys.exit(print(f"train_gpt.py: torch {torch.__version__} is too old, 2.11 is needed: pip install -r requirements.txt", file=sys.stderr) or 2)
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -123,7 +125,6 @@ class Config:
     checkpoint: str = ""  # ... with the model of this checkpoint: its path, or latest
     generate_tokens: int = 200  # ... by so many tokens
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
-
     def __post_init__(self):  # every rule that a single config must obey
         get, fields, T = functools.partial(getattr, self), type(self).__dataclass_fields__, self.seq_len
         for name, field in fields.items():
@@ -148,7 +149,6 @@ class Config:
         refuse(len(on) > 1 and on != ["sparsity", "mup_base_width"], f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way")
     rows = property(lambda self: self.batch_tokens // self.seq_len)  # of a global batch
     padded_vocab = property(lambda self: -(-self.vocab_size // 64) * 64)  # matmuls like multiples of 64
-
 CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
                relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
 AT_MOST = dict(vocab_size=65536, ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, lr_floor=1, relora_prune=1)
@@ -166,7 +166,6 @@ PRESETS = {name: Config(preset=name, **fields) for name, fields in {
                    n_head=2, n_embd=128, ngram=5, normuon=0.95, batch_tokens=2048, seq_len=128, val_tokens=262144, val_every=50, steps=181, target=1.26,
                    spread_rows=True, lr_muon=0.04, lr_head=0.008, cooldown=0.6, lr_floor=0.1, momentum_warmup=40, bf16=False),
 }.items()}
-
 def flag_table() -> list[tuple[str, str, object]]:  # (flag, its comment in Config, default in gpt2_small): what --help and the README print
     body = SOURCE.split("class Config:", 1)[1].split("def __post_init__", 1)[0]
     return [(name, comment, getattr(PRESETS["gpt2_small"], name)) for name, comment in re.findall(r"^    (\w+): .*?  # (.*)$", body, re.M)]
@@ -185,6 +184,8 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
     given, unknown = parser.parse_known_args(argv)
     near = [f", did you mean --{name}?" for name in difflib.get_close_matches("".join(unknown[:1]).removeprefix("--"), FIELDS, n=1)]
     if unknown: parser.error(f"unknown argument {unknown[0]}{(near or ['' if unknown[0].startswith('-') else '; a glob needs quotes'])[0]}")
+    names = [word.partition("=")[0].replace("--no_", "--") for word in argv if word.startswith("--")]
+    for name in names: refuse(names.count(name) > 1, f"{name} is given twice")
     refuse("" in vars(given).values(), f"--{next((name for name, value in vars(given).items() if value == ''), '')} needs a value")
     preset = getattr(given, "preset", default_preset)
     refuse(preset not in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
@@ -509,7 +510,6 @@ class Optimizer:
         if first["rule"] != rule: raise KeyError(f"{next(iter(self.named))} was trained by {first['rule']}, not by {rule}")
         self.steps, names = first["steps"], sorted(first.keys() - {"rule", "steps"})
         self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in names}
-
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)  # torch 2.13 renamed them
 all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 compiled = functools.cache(functools.partial(torch.compile, dynamic=False))  # once per update rule; each stack's shape is compiled for itself
@@ -826,7 +826,7 @@ def grep(path: str, pattern: str) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ Checkpoint
 class Run:
-    """A run: its settings and all that training changes. data: {file name: sha256}; step: updates done; signal: the one that asks us to stop."""
+    """A run: its settings, and all that training changes. data: {file name: sha256}; step: updates done; signal: the one that asks us to stop."""
     def __init__(self, config: Config, runtime: Runtime, model: GPT, methods: list, optimizers=(), clock=None, log=None, data=None, step: int = 0):
         self.config, self.runtime, self.model, self.methods, self.optimizers = config, runtime, model, methods, list(optimizers)
         self.clock, self.log, self.data, self.step, self.resumed, self.signal = clock, log, data, step, False, 0

@@ -23,6 +23,8 @@ BAD = [  # a command line, and words that the answer must hold
     ("--steps", "--steps: expected one argument", "--help"),
     ("--steps=", "--steps: invalid int value: ''"), ("--resume=", "--resume needs a value"), ("--learning_rate=5", "unknown argument --learning_rate=5 (--help"),
     ("--steps --seed 3", "--steps: expected one argument"),
+    ("--steps 5 --steps 6", "--steps is given twice"), ("--steps=5 --steps 6", "--steps is given twice"),
+    ("--bf16 --no_bf16", "--bf16 is given twice"),
     ("--bf16=1", "--bf16: ignored explicit argument '1'"),
     ("--bf16 true", "unknown argument true"),
     ("--train_files a.bin b.bin", "unknown argument b.bin", "quotes"),
@@ -193,6 +195,13 @@ def test_import_has_no_side_effects(tmp_path):
                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_too_old_torch_is_one_line():
+    code = (f"import sys, types\nsys.path.insert(0, {str(ROOT)!r})\ntorch = types.ModuleType('torch')\ntorch.__version__ = '2.4.1+cu121'\n"
+            "sys.modules['torch'] = torch\nimport train_gpt\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("train_gpt.py: torch 2.4.1+cu121 is too old") and len(done.stderr.splitlines()) == 1
 
 
 def test_line_budget():

@@ -46,8 +46,8 @@ def foreign_bytes(path):
 
 
 FAULTS = {
-    "magic": (lambda p: rewrite(p, magic=20240521), "not a whole token shard"),
-    "version": (lambda p: rewrite(p, version=2), "not a whole token shard"),
+    "magic": (lambda p: rewrite(p, magic=20240521), "[20240521, 1, 2001], in a file of its size [20240520, 1, 2001]"),
+    "version": (lambda p: rewrite(p, version=2), "[20240520, 2, 2001], in a file of its size [20240520, 1, 2001]"),
     "count too large": (lambda p: rewrite(p, count=2002), "[20240520, 1, 2002], in a file of its size [20240520, 1, 2001]"),
     "count too small": (lambda p: rewrite(p, count=2000), "[20240520, 1, 2000], in a file of its size [20240520, 1, 2001]"),
     "negative count": (lambda p: rewrite(p, count=-1), "not a whole token shard"),
