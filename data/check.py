@@ -152,7 +152,9 @@ def settle(folder: Path, paths: list[Path]) -> dict[str, dict]:
     changed = [path for path in paths if must_be_hashed(path, recorded.get(path.name))]
     if not changed:
         return recorded
-    print(f"{folder}: hashing {len(changed)} shards that are new here or have changed", flush=True)
+    size = sum(path.stat().st_size for path in changed)
+    if size > 10**9:  # seconds
+        print(f"{folder}: hashing {len(changed)} shards, {size / 1e9:.1f} GB, once", flush=True)
     for path in changed:
         entry = shards.entry_of(path, recorded[path.name]["sha256"])  # it may change meanwhile
         sha256, entry["largest"] = examine(path)
