@@ -89,13 +89,14 @@ def root_cause(failures: dict):
     then the first. torchrun asks the others to leave, and NCCL aborts them: that is no cause.
     """
     first = min(failure.timestamp for failure in failures.values())
-    consequences = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGHUP, -signal.SIGABRT}
+    asked = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
     def order(item):
-        failure = item[1]
-        killed = failure.exitcode < 0 and failure.exitcode not in consequences
-        late = failure.timestamp > first + AT_ONCE
-        return late, not killed, failure.exitcode != 2, failure.timestamp
+        code = item[1].exitcode
+        consequence = -code in asked or code - 128 in asked or code == -signal.SIGABRT
+        killed = code < 0 and not consequence
+        late = item[1].timestamp > first + AT_ONCE
+        return late, not killed, code != 2, consequence, item[1].timestamp
 
     return min(failures.items(), key=order)
 
