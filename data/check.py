@@ -51,7 +51,8 @@ def document_hashes(paths: list[Path], eot: int):
     run on from one shard into the next. What stands before the first <|endoftext|> is the end of a
     document that is not here: left out.
     """
-    digest, count = None, 0
+    digest = None
+    count = 0
     for path in paths:
         for tokens in chunks(path):
             starts = np.flatnonzero(tokens == eot).tolist()
@@ -72,12 +73,15 @@ def document_hashes(paths: list[Path], eot: int):
 
 def overlap(train: list[Path], val: list[Path], eot: int) -> tuple[int, int, int]:
     """(validation documents that also occur in train, their tokens, all validation documents)"""
-    number, size = collections.Counter(), {}
+    number = collections.Counter()
+    size = {}
     for digest, count in document_hashes(val, eot):
         number[digest] += 1
         size[digest] = count
     shared = {digest for digest, _ in document_hashes(train, eot) if digest in size}
-    return sum(number[d] for d in shared), sum(number[d] * size[d] for d in shared), number.total()
+    documents = sum(number[digest] for digest in shared)
+    tokens = sum(number[digest] * size[digest] for digest in shared)
+    return documents, tokens, number.total()
 
 
 def check_set(paths: list[Path], vocab_size: int | None, recorded: dict, faults: list[str]) -> int:

@@ -115,6 +115,7 @@ def install(base: str, files: list[str], requirements: str, why: str):
             command += ["-r", name]
         if subprocess.run(command).returncode:
             fail(f"pip install failed, see above and {VENV / 'pip.log'}; run again to retry")
+        (VENV / "pip.log").unlink(missing_ok=True)  # megabytes
         INSTALLED.write_text(requirements)
 
 

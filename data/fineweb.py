@@ -84,7 +84,9 @@ class Hub:
             import huggingface_hub.errors
         except ImportError as error:
             raise BadInput(f"{error}; run: pip install -r requirements.txt") from None
-        self.lib, self.repo, self.retries = huggingface_hub, repo, retries
+        self.lib = huggingface_hub
+        self.repo = repo
+        self.retries = retries
         huggingface_hub.logging.set_verbosity_error()
         if not sys.stderr.isatty():
             huggingface_hub.utils.disable_progress_bars()
@@ -176,7 +178,8 @@ def take_stock(
     """Which of the missing files really have to be fetched. Adopts whole files that no manifest
     records yet.
     """
-    if absent := [name for name in missing if name not in listed]:
+    absent = [name for name in missing if name not in listed]
+    if absent:
         have = sum(name.startswith("fineweb_train_") for name in listed)
         raise BadInput(
             f"{repo} has no {absent[0]}: it has {have} train shards; ask for at most {have}"
@@ -196,7 +199,8 @@ def take_stock(
             manifest.record(name, listed[name][0])
             continue
         fetch.append(name)
-    need, free = sum(listed[name][1] for name in fetch), shutil.disk_usage(manifest.folder).free
+    need = sum(listed[name][1] for name in fetch)
+    free = shutil.disk_usage(manifest.folder).free
     if need > free:
         raise BadInput(
             f"{manifest.folder}: {need / 1e9:.1f} GB to fetch, but only {free / 1e9:.1f} GB of "
@@ -261,7 +265,8 @@ def main(argv=None):
     ):
         if value < least:
             parser.error(f"{name} is {value}, should be at least {least}")
-    repo, out = REPOS[args.set], args.out or Path(__file__).resolve().parent / f"fineweb{args.set}"
+    repo = REPOS[args.set]
+    out = args.out or Path(__file__).resolve().parent / f"fineweb{args.set}"
 
     manifest = Manifest(out, repo)
     if args.revision and manifest.revision not in (None, args.revision):

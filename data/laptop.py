@@ -47,7 +47,8 @@ def documents(root: Path) -> tuple[list[bytes], list[bytes]]:
         for name in paths
         if not name.startswith(LEFT_OUT)
     }
-    split, seen = ([], []), set()
+    split = ([], [])
+    seen = set()
     for name in sorted(hashed, key=hashed.get):
         text = paths[name].read_bytes().replace(b"\r\n", b"\n")
         if text and text not in seen:  # equal files count once, so none is in train and validation

@@ -166,8 +166,10 @@ def main(argv=None):
     if config.generate:
         processes = 1
         flags = ["--standalone"]
-    elif code := bring_data(config, train_gpt.PRESETS):
-        return code
+    else:
+        code = bring_data(config, train_gpt.PRESETS)
+        if code:
+            return code
 
     if not gpus:
         os.environ.update({name: os.environ.get(name) or MALLOC[name] for name in MALLOC})

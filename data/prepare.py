@@ -124,7 +124,8 @@ def encode(
     <|endoftext|>.
     """
     to_tokens = encoder(tokenizer)
-    split, size = ([], []), 0
+    split = ([], [])
+    size = 0
     if work.kind == "piece":
         check_utf8(work.data, work.path, work.where)
         split[0].append(to_tokens(work.data))
@@ -144,7 +145,9 @@ def cut(file):
     """(offset, bytes, whether its document ends here) of a text file: documents, long ones in
     several pieces.
     """
-    buffer, scanned, offset = bytearray(), 0, 0
+    buffer = bytearray()
+    scanned = 0
+    offset = 0
     if file.read(len(BOM)) == BOM:
         offset = len(BOM)
     else:
@@ -154,7 +157,8 @@ def cut(file):
         nonlocal scanned, offset
         part = offset, bytes(buffer[:size])
         del buffer[: size + skip]
-        scanned, offset = 0, offset + size + skip
+        scanned = 0
+        offset += size + skip
         return part
 
     while block := file.read(PIECE):
@@ -181,7 +185,10 @@ def read(paths: list[Path]):
                     yield Work("jsonl", path, number, lines, None)
                     number += len(lines)
                 continue
-            batch, offsets, size, digest = [], [], 0, None
+            batch = []
+            offsets = []
+            size = 0
+            digest = None
             for offset, text, last in cut(file):
                 if digest is None and last:  # a document in one piece; small ones travel together
                     batch.append(text)
@@ -189,7 +196,9 @@ def read(paths: list[Path]):
                     size += len(text) + len(MARK)
                 if batch and (size >= PIECE or not last):
                     yield Work("txt", path, offsets, batch, None)
-                    batch, offsets, size = [], [], 0
+                    batch = []
+                    offsets = []
+                    size = 0
                 if digest is not None or not last:
                     digest = digest or hashlib.sha256()
                     digest.update(text)
@@ -246,14 +255,13 @@ class ShardSet:
     """
 
     def __init__(self, folder: Path, prefix: str, first: int, shard_tokens: int, eot: int):
-        self.folder, self.prefix, self.first, self.shard_tokens, self.eot = (
-            folder,
-            prefix,
-            first,
-            shard_tokens,
-            eot,
-        )
-        self.files, self.documents = [], 0
+        self.folder = folder
+        self.prefix = prefix
+        self.first = first
+        self.shard_tokens = shard_tokens
+        self.eot = eot
+        self.files = []
+        self.documents = 0
 
     def add(self, tokens: np.ndarray):
         """tokens: uint16 [n], whole documents, each beginning with <|endoftext|>."""
@@ -296,10 +304,14 @@ class Progress:
     def __init__(self):
         self.start = self.shown = time.perf_counter()
         self.size = self.tokens = 0
-        self.every, self.end = (0.5, "\r") if sys.stdout.isatty() else (10, "\n")
+        on_terminal = sys.stdout.isatty()
+        self.every = 0.5 if on_terminal else 10
+        self.end = "\r" if on_terminal else "\n"
 
     def add(self, size: int, tokens: int):
-        self.size, self.tokens, now = self.size + size, self.tokens + tokens, time.perf_counter()
+        self.size += size
+        self.tokens += tokens
+        now = time.perf_counter()
         if now - self.shown > self.every:
             self.shown = now
             print(self, end=self.end, flush=True)
@@ -323,7 +335,8 @@ def prepare(
     """Writes the shards; see the text at the top. Raises BadInput or OSError, and then leaves no
     shard.
     """
-    eot, progress = EOT[tokenizer], Progress()
+    eot = EOT[tokenizer]
+    progress = Progress()
     train = ShardSet(out, f"{name}_train", 1, shard_tokens, eot)
     val = ShardSet(out, f"{name}_val", 0, shard_tokens, eot)
     parts = []  # tokens of the long document that is under way
@@ -363,7 +376,8 @@ def refuse_existing(out: Path, name: str, val_fraction: float):
     """
     shards.read_manifest(out)  # refuses one that the new shards could not be added to
     for split, possible in (("train", val_fraction < 1), ("val", val_fraction > 0)):
-        if possible and (found := sorted(out.glob(f"{name}_{split}_*.bin"))):
+        found = sorted(out.glob(f"{name}_{split}_*.bin"))
+        if possible and found:
             raise BadInput(
                 f"{found[0]} exists; give another --name or --out, or delete the old shards"
             )
@@ -378,7 +392,9 @@ def benchmark(paths, tokenizer: str, field: str, workers: int, rounds: int = 5):
     """
     import tiktoken
 
-    encoding, texts, size = tiktoken.get_encoding(tokenizer), [], 0
+    encoding = tiktoken.get_encoding(tokenizer)
+    texts = []
+    size = 0
     for work in read(paths):
         for text in [work.data] if work.kind == "piece" else documents(work, field):
             texts.append(text.decode())

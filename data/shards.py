@@ -149,7 +149,8 @@ class ShardFile:
     """
 
     def __init__(self, path):
-        self.path, self.count = Path(path), 0
+        self.path = Path(path)
+        self.count = 0
         self.temp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         self.file = open(self.temp, "wb")
         self.file.write(bytes(HEADER_BYTES))
