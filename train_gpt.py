@@ -1010,7 +1010,7 @@ def device_name(device):
 @dataclasses.dataclass
 class Run:
     """A run: its settings, and all that training changes. step: updates done; micro: {rows of a
-    rank: rows of its micro-batch}; data: {file: sha256}."""
+    rank: rows of its micro-batch}; rows: of a rank in this stage; data: {file: sha256}."""
 
     config: Config
     runtime: Runtime
@@ -1022,6 +1022,7 @@ class Run:
     log: Log | None = None
     data: dict | None = None
     step: int = 0
+    rows: int = 0
     unread: list = dataclasses.field(default_factory=list)  # losses on their way from the device
 
     def state(self):
@@ -1040,6 +1041,7 @@ class Run:
     def load_state(self, state):
         """Take the form and the values of a state."""
         self.step = state["step"]
+        self.model.set_stage(self.step)
         for method, values in zip(self.methods, state["methods"], strict=True):
             method.resume(self.step, self)
             method.load_state_dict(values)
@@ -1156,6 +1158,12 @@ def eval_weights(run):
     return {k: v for method in run.methods for k, v in method.eval_weights(run.model).items()}
 
 
+def eval_micro(run):
+    """Rows per forward pass of validation: at most those of training in this stage."""
+    share = run.config.val_tokens // run.config.seq_len // run.runtime.world_size
+    return largest_divisor(share, run.micro[run.rows])
+
+
 @torch.no_grad()
 def evaluate(run, val):
     """Mean cross-entropy, nats per token, of the first val_tokens tokens, each seen once."""
@@ -1165,7 +1173,7 @@ def evaluate(run, val):
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     raw = swap(run.model, eval_weights(run))
     run.model.eval()
-    for chunk in np.split(rows, share // largest_divisor(share, max(run.micro.values()))):
+    for chunk in np.split(rows, share // eval_micro(run)):
         total += forward(run, *split(val.read(chunk), runtime.device)) * len(chunk)
     run.model.train()
     swap(run.model, raw)
@@ -1245,10 +1253,12 @@ def update(run):
 
 
 def set_stage(run):
-    """Make ready for update number run.step, 0-based."""
+    """Make ready for update number run.step, 0-based, and for the validation before it."""
+    c = run.config
     run.model.set_stage(run.step)
+    run.rows = at_step(c.batch_tokens, run.step, c.steps) // c.seq_len // run.runtime.world_size
     for optimizer in run.optimizers:
-        optimizer.scale = lr_at(run.step, run.config)
+        optimizer.scale = lr_at(run.step, c)
 
 
 def build(c, runtime):
@@ -1270,16 +1280,15 @@ def warm_up(c, runtime):
         for method in run.methods:
             method.resume(run.step, run)
         set_stage(run)
-        rows = at_step(c.batch_tokens, run.step, c.steps) // c.seq_len // runtime.world_size
-        fit_micro_batch(run, rows)
+        fit_micro_batch(run)
         update(run)
     return run.micro
 
 
-def fit_micro_batch(run, rows):
-    """Set run.micro[rows]: --micro_batch, or all rows, halved while they do not fit into the
+def fit_micro_batch(run):
+    """Set run.micro[run.rows]: --micro_batch, or all rows, halved while they do not fit into the
     memory."""
-    c, runtime = run.config, run.runtime
+    c, runtime, rows = run.config, run.runtime, run.rows
     micro, fits = c.micro_batch or largest_divisor(rows, max(1, 65536 // c.seq_len)), False
     refuse(rows % micro, f"--micro_batch {micro} does not divide the {rows} rows of a rank")
     while not fits:
@@ -1293,7 +1302,7 @@ def fit_micro_batch(run, rows):
         try:
             forward_backward(run, *batch)
             with torch.no_grad():
-                forward(run, *batch)
+                forward(run, *(x[: eval_micro(run)] for x in batch))
             fits = True
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -1339,6 +1348,7 @@ def training_loop(run, batches, val, stop):
     c, clock, first, begun = run.config, run.clock, run.step, run.clock.ms
     clock.switch(on=True)
     while True:
+        set_stage(run)
         last = run.step == c.steps
         if last or (c.val_every and run.step % c.val_every == 0):
             read_losses(run)
@@ -1348,7 +1358,6 @@ def training_loop(run, batches, val, stop):
         if last:
             clock.switch(on=False)
             return val_loss
-        set_stage(run)
         rows = batches.batch_at(run.step, run.runtime.rank, run.runtime.world_size)
         loss = forward_backward(run, *split(rows, run.runtime.device))
         update(run)
