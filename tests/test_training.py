@@ -228,30 +228,36 @@ def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
 
 
 @pytest.mark.slow
-def test_warm_up_compiles_every_form(place, monkeypatch):
-    """Two batches, two windows, adapters and their merge: nothing is compiled after the warm-up."""
-    counters, seen, warm_up = torch._dynamo.utils.counters, [], train_gpt.warm_up
-
-    def count():
-        return dict(counters["stats"]).get("unique_graphs", 0)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(batch_tokens=(128, 256), relora=4, relora_warm_start=3, relora_interval=3, lawa=2),
+        dict(batch_tokens=(128, 256, 512), window=(8, 12, 16, 20), window_pattern="SL"),
+        dict(galore=4, galore_inner="muon", normuon=0.9, galore_interval=2, galore_bits=8),
+    ],
+    ids=["relora, lawa", "more forms than Dynamo's limit", "galore"],
+)
+def test_warm_up_compiles_every_form(changes, place, monkeypatch):
+    """Dynamo's counters stand still after it; with its own code generator left out, for speed."""
+    compile, counters, seen = torch.compile, torch._dynamo.utils.counters, []
+    warm_up = train_gpt.warm_up
 
     def watch(config, runtime):
         torch._dynamo.reset()
-        train_gpt.compiled.cache_clear()
         counters.clear()
         micro = warm_up(config, runtime)
-        seen.append(count())
+        seen.append(dict(counters["stats"]))
         return micro
 
+    train_gpt.compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda f, **rest: compile(f, backend="eager", **rest))
     monkeypatch.setattr(train_gpt, "warm_up", watch)
-    stages = dict(batch_tokens=(128, 256), window=(8, 16), window_pattern="SL")
-    methods = dict(relora=4, relora_warm_start=3, relora_interval=3, lawa=2, lawa_interval=3)
-    eager = run(place(**stages, **methods))
-    outcome = run(place(compile=True, **stages, **methods))
-    assert outcome.code == 0
-    assert seen[-1] > 4 and count() == seen[-1]
-    for ours, theirs in zip(outcome.losses(), eager.losses(), strict=True):
-        assert ours[:2] == theirs[:2] and abs(float(ours[2]) - float(theirs[2])) < 0.05
+    eager = run(place(**changes))
+    outcome = run(place(compile=True, **changes))
+    train_gpt.compiled.cache_clear()
+    assert outcome.code == 0 and outcome.losses() == eager.losses()
+    assert seen[-1]["unique_graphs"] >= 6 and dict(counters["stats"]) == seen[-1]
+    assert not counters["graph_break"], counters["graph_break"]
 
 
 def test_losses_read_late_give_the_same_log(place, plain, monkeypatch):
@@ -410,6 +416,7 @@ def test_validation_is_in_eval_mode_and_sees_every_token_once(place, data):
     """Dropout in a fork must be off; the mean is over the first val_tokens tokens."""
     modes = []
     ran = train_gpt.build(tiny(zero_init=False), CPU)
+    ran.rows = 8
     ran.model.lm_head.register_forward_hook(lambda head, *rest: modes.append(head.training))
     val = train_gpt.Shards(f"{data}/val_*.bin", "val_files", 32)
     losses = []
