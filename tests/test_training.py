@@ -13,8 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, RULE, STEP, Ranks, at_step, check_refused, flags, make_data, run, same
-from helpers import tiny, wait_for_step
+from helpers import (
+    CPU,
+    RULE,
+    STEP,
+    Ranks,
+    at_step,
+    check_refused,
+    flags,
+    make_data,
+    run,
+    same,
+    tiny,
+    wait_for_step,
+)
 
 import train_gpt
 
