@@ -17,7 +17,6 @@ read or written once in the activations' type, and the logits three times.
 --trainer FILE profiles another train_gpt.py. Exit code 0: done; 2: misuse.
 """
 
-import argparse
 import importlib.util
 import json
 import re
@@ -31,7 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
-from records.race import BadInput, Parser, number_in, write_json  # noqa: E402
+from records.tools.command import BadInput, Parser, number_in, write_json  # noqa: E402
 
 # The first class whose pattern is found in a kernel's name (on a CPU: an operator's) has it
 CLASSES = (
@@ -50,7 +49,9 @@ ORDER = ("matmul", "attention", "elementwise", "optimizer", "copies", "communica
 
 
 def class_of(name: str) -> str:
-    return next((label for label, pattern in CLASSES if re.search(pattern, name, re.I)), "elementwise")
+    return next(
+        (label for label, pattern in CLASSES if re.search(pattern, name, re.I)), "elementwise"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- ceilings
@@ -114,14 +115,25 @@ def make_step(trainer, flags: list[str]):
     model.to(runtime.device)
     for method in methods:
         method.attach(model)
-    run = trainer.Run(config, runtime, model, methods, trainer.make_optimizers(model, config, runtime, methods))
+    run = trainer.Run(
+        config, runtime, model, methods, trainer.make_optimizers(model, config, runtime, methods)
+    )
     forward = torch.compile(model) if config.compile else model
     micro = trainer.warm_up(run, forward)
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(config.vocab_size - 1, (config.rows, config.seq_len + 1), generator=generator)
-    rows[torch.rand(rows.shape, generator=generator) < 1 / 500] = config.vocab_size - 1  # documents of about 500 tokens
+    rows = torch.randint(
+        config.vocab_size - 1, (config.rows, config.seq_len + 1), generator=generator
+    )
+    rows[torch.rand(rows.shape, generator=generator) < 1 / 500] = (
+        config.vocab_size - 1
+    )  # documents of about 500 tokens
     inputs, targets = (half.contiguous().to(runtime.device) for half in (rows[:, :-1], rows[:, 1:]))
-    return run, micro, lambda: trainer.forward_backward(forward, inputs, targets, micro, 1), lambda: trainer.update(run)
+    return (
+        run,
+        micro,
+        lambda: trainer.forward_backward(forward, inputs, targets, micro, 1),
+        lambda: trainer.update(run),
+    )
 
 
 def kernels(function, device, runs: int) -> dict[str, list]:
@@ -136,7 +148,9 @@ def kernels(function, device, runs: int) -> dict[str, list]:
     found = {}
     for event in profiled.key_averages():
         if device.type == "cuda":
-            wanted = event.device_type == torch.autograd.DeviceType.CUDA and not ANNOTATION.search(event.key)
+            wanted = event.device_type == torch.autograd.DeviceType.CUDA and not ANNOTATION.search(
+                event.key
+            )
             wanted, microseconds = (
                 wanted and not getattr(event, "is_user_annotation", False),
                 event.self_device_time_total,
@@ -157,7 +171,9 @@ def floors(run, trainer, limits: dict) -> dict[str, float]:
     activations = tokens * size * (66 * c.n_layer * c.n_embd + 3 * c.padded_vocab)
     state = sum(t.nbytes for o in run.optimizers for t in o.state.values())
     held = sum(p.nbytes for p in model.parameters())
-    update_bytes = 2 * state + 2 * held + 2 * held  # state and weights read and written; gradients read and set to zero
+    update_bytes = (
+        2 * state + 2 * held + 2 * held
+    )  # state and weights read and written; gradients read and set to zero
     newton = 0
     for optimizer in run.optimizers:
         if optimizer.weights.ndim == 3 and "momentum" in optimizer.state:
@@ -214,7 +230,12 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         for name in ORDER
     }
     top = sorted(
-        ((ms, count, half, name) for half, found in halves.items() for name, (ms, count) in found.items()), reverse=True
+        (
+            (ms, count, half, name)
+            for half, found in halves.items()
+            for name, (ms, count) in found.items()
+        ),
+        reverse=True,
     )[:25]
     rate = config.batch_tokens / step_ms * 1000
     return dict(
@@ -231,7 +252,9 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         ceilings=limits,
         classes=rows,
         floor_ms=sum(low.values()),
-        top=[dict(ms=ms, calls=count, half=half, kernel=name[:160]) for ms, count, half, name in top],
+        top=[
+            dict(ms=ms, calls=count, half=half, kernel=name[:160]) for ms, count, half, name in top
+        ],
     )
 
 
@@ -252,7 +275,9 @@ def table(result: dict) -> str:
             f"{row[key]:{form}}" if row[key] is not None else ""
             for key, form in (("floor_ms", ".2f"), ("over_floor", ".1f"))
         )
-        lines.append(f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | {over} |")
+        lines.append(
+            f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | {over} |"
+        )
     lines += [
         f"| **step** | {result['step_ms']:.2f} | | | {result['floor_ms']:.2f} | "
         f"{result['step_ms'] / result['floor_ms']:.1f} |",
@@ -273,24 +298,35 @@ def main(argv=None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = Parser(
+        "",
+        __doc__,
         prog="profile_step.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
         usage="profile_step.py [options] [-- flags for train_gpt.py]",
     )
     parser.add_argument(
-        "--steps", type=number_in(int, 1), default=5, metavar="N", help="steps that are timed, and profiled (5)"
+        "--steps",
+        type=number_in(int, 1),
+        default=5,
+        metavar="N",
+        help="steps that are timed, and profiled (5)",
     )
     parser.add_argument(
-        "--trainer", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="the trainer (this repository's)"
+        "--trainer",
+        type=Path,
+        default=ROOT / "train_gpt.py",
+        metavar="FILE",
+        help="the trainer (this repository's)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there, too")
-    parser.add_argument("--ceilings", action="store_true", help="only measure the machine, and print JSON")
+    parser.add_argument(
+        "--ceilings", action="store_true", help="only measure the machine, and print JSON"
+    )
     try:
         args = parser.parse_args(argv[:cut])
         if args.ceilings:
-            print(json.dumps(ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+            print(
+                json.dumps(ceilings(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+            )
             return 0
         trainer = load(args.trainer)
         try:

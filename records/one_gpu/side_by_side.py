@@ -28,7 +28,6 @@ Writes side_by_side.json, .md, .png and one .txt per run into --out. Exit code 0
 report says in one line; 2: misuse; 130: interrupted.
 """
 
-import argparse
 import dataclasses
 import glob
 import importlib.util
@@ -47,8 +46,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
 from data import shards  # noqa: E402
-from records import race  # noqa: E402
-from records.race import BadInput, Failed, number_in  # noqa: E402
+from records.tools.command import BadInput, Parser, number_in, write_json  # noqa: E402
+from records.tools.runs import Failed, Interrupted, call, interruptible  # noqa: E402
 
 ROW = 1024
 NEWEST_MICRO = 48 * 1024  # tokens of its one long row
@@ -61,7 +60,10 @@ OWN_TIME = re.compile(r"train_time:([\d.]+)(m?s)")
 SUBSTITUTIONS = {
     "record": lambda p: [
         ("batch_size : int = 8*64 ", f"batch_size : int = {p.batch_tokens // ROW} "),
-        ("device_batch_size : int = 64 ", f"device_batch_size : int = {min(64, p.batch_tokens // ROW)} "),
+        (
+            "device_batch_size : int = 64 ",
+            f"device_batch_size : int = {min(64, p.batch_tokens // ROW)} ",
+        ),
         ("num_iterations : int = 3242 ", f"num_iterations : int = {p.steps} "),
         ("warmdown_iters : int = 926 ", f"warmdown_iters : int = {p.scaled(926, 3242)} "),
         ("val_loss_every : int = 125 ", f"val_loss_every : int = {p.val_every} "),
@@ -77,19 +79,28 @@ SUBSTITUTIONS = {
         ("batch_size = 8 * 64 * 1024", f"batch_size = {p.batch_tokens}"),
         ("mbs = 64", f"mbs = {min(64, p.batch_tokens // ROW)}"),
         ("train_steps = 3250", f"train_steps = {p.steps}"),
-        ("val_step_freq = 125 if step / train_steps < 0.9 else 25", f"val_step_freq = {p.val_every}"),
+        (
+            "val_step_freq = 125 if step / train_steps < 0.9 else 25",
+            f"val_step_freq = {p.val_every}",
+        ),
     ],
     "newest": lambda p: [
         ("grad_accum_steps = 8 // world_size", f"grad_accum_steps = {p.newest_micros}"),
         ("num_iterations = 1695 ", f"num_iterations = {p.newest_steps} "),
         ("val_loss_every = 125 ", f"val_loss_every = {p.newest_val_every} "),
         ("val_tokens = 10485760 ", f"val_tokens = {p.val_tokens} "),
-        ("frac = min(step / 300, 1)", f"frac = min(step / {max(1, round(300 * p.newest_steps / 1695))}, 1)"),
+        (
+            "frac = min(step / 300, 1)",
+            f"frac = min(step / {max(1, round(300 * p.newest_steps / 1695))}, 1)",
+        ),
         # else it drops tokens up to the next document, and stops at a document longer than its row
         ("align_to_bos=True", "align_to_bos=False"),
     ],
     "nanogpt": lambda p: [
-        ("best_val_loss = 1e9", "best_val_loss = -1e9  # no checkpoint: it takes disk, and no training time")
+        (
+            "best_val_loss = 1e9",
+            "best_val_loss = -1e9  # no checkpoint: it takes disk, and no training time",
+        )
     ],
 }
 REPEATED = {"align_to_bos=True"}  # may stand there more than once
@@ -152,7 +163,9 @@ class Plan:
     newest_micros = property(lambda self: max(1, round(self.batch_tokens / NEWEST_MICRO)))
     newest_batch = property(lambda self: self.newest_micros * NEWEST_MICRO)
     newest_steps = property(lambda self: self.steps * self.batch_tokens // self.newest_batch)
-    newest_val_every = property(lambda self: max(1, self.val_every * self.batch_tokens // self.newest_batch))
+    newest_val_every = property(
+        lambda self: max(1, self.val_every * self.batch_tokens // self.newest_batch)
+    )
 
 
 # --------------------------------------------------------------------------------------------------- the peers' scripts
@@ -164,7 +177,9 @@ def substitute(name: str, source: str, plan: Plan) -> tuple[str, list]:
     for old, new in changes:
         count = source.count(old)
         if not count or count > 1 and old not in REPEATED:
-            raise Failed(f"its source holds {old!r} {count} times, not once: another version of the checkout?")
+            raise Failed(
+                f"its source holds {old!r} {count} times, not once: another version of the checkout?"
+            )
         source = source.replace(old, new)
     return source, changes
 
@@ -203,7 +218,11 @@ def prepare(name: str, args, plan: Plan, work: Path) -> tuple[list[str], list, d
     """(script and flags, substitutions, more environment) of a contender, ready to run in the folder `work`."""
     if name.startswith("ours"):
         flags = args.ours[0 if name == "ours" else int(name[4:]) - 1]
-        momentum = [] if "--momentum_warmup" in flags else ["--momentum_warmup", str(plan.scaled(300, 3242))]
+        momentum = (
+            []
+            if "--momentum_warmup" in flags
+            else ["--momentum_warmup", str(plan.scaled(300, 3242))]
+        )
         return (
             [
                 str(ROOT / "train_gpt.py"),
@@ -296,7 +315,9 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
     """Runs a contender and measures it. Raises Failed."""
     with tempfile.TemporaryDirectory(prefix="side_by_side_") as temporary:
         work = Path(temporary)
-        bare_tokens(work, args.train, args.val) if name == "nanogpt" else link_shards(work, args.train, args.val)
+        bare_tokens(work, args.train, args.val) if name == "nanogpt" else link_shards(
+            work, args.train, args.val
+        )
         try:
             command, changes, more = prepare(name, args, plan, work)
         except OSError as error:
@@ -308,12 +329,22 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
             port = listener.getsockname()[1]
         env = os.environ | more | dict(SIDE_BY_SIDE_STATS=str(stats), PYTHONUNBUFFERED="1")
         if name in ("record", "simple", "newest"):
-            env |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            env |= dict(
+                RANK="0",
+                LOCAL_RANK="0",
+                WORLD_SIZE="1",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
         output = args.out / f"{name}.txt"
-        race.call([sys.executable, str(work / "launch.py"), *command], output, args.timeout, env, work)
+        call([sys.executable, str(work / "launch.py"), *command], output, args.timeout, env, work)
         text = output.read_text(errors="replace")
         if name.startswith("ours"):
-            text = next((work / "logs").glob("*.txt")).read_text(errors="replace").rpartition("=" * 100)[2]
+            text = (
+                next((work / "logs").glob("*.txt"))
+                .read_text(errors="replace")
+                .rpartition("=" * 100)[2]
+            )
         measured = json.loads(stats.read_text())
     newest = name == "newest"
     steps, batch, every = (
@@ -336,7 +367,9 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
     own = OWN_TIME.findall(text)
     return dict(
         name=name,
-        flags=args.ours[0 if name == "ours" else int(name[4:]) - 1] if name.startswith("ours") else "",
+        flags=args.ours[0 if name == "ours" else int(name[4:]) - 1]
+        if name.startswith("ours")
+        else "",
         batch_tokens=batch,
         steps=steps,
         tokens=steps * batch,
@@ -397,7 +430,10 @@ def table(report: dict) -> str:
         )
     lines += ["", "Changed in the peers' scripts:", ""]
     for run in runs:
-        lines += [f"- {run['name']}: `{old.strip()}` → `{new.strip()}`" for old, new in run.get("substitutions", [])]
+        lines += [
+            f"- {run['name']}: `{old.strip()}` → `{new.strip()}`"
+            for old, new in run.get("substitutions", [])
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -411,7 +447,11 @@ def draw(report: dict, path: Path):
     for run in report["runs"]:
         if "failed" not in run:
             points = [(seconds, loss) for step, loss, seconds in run["curve"] if step]
-            axes.plot(*zip(*points), marker=".", label=" ".join([run["name"], run["flags"].replace("--", "")]).strip())
+            axes.plot(
+                *zip(*points),
+                marker=".",
+                label=" ".join([run["name"], run["flags"].replace("--", "")]).strip(),
+            )
     if report["target"]:
         axes.axhline(report["target"], color="gray", linewidth=1, linestyle=":")
     axes.set(
@@ -429,7 +469,7 @@ def draw(report: dict, path: Path):
 def save(args, report: dict):
     done = [run for run in report["runs"] if run["name"] == "record" and "failed" not in run]
     report["target"] = done[0]["val_loss"] if done else None
-    race.write_json(args.out / "side_by_side.json", report)
+    write_json(args.out / "side_by_side.json", report)
     (args.out / "side_by_side.md").write_text(table(report), encoding="utf-8")
     if not importlib.util.find_spec("matplotlib"):
         print("no picture: matplotlib is not installed", flush=True)
@@ -445,18 +485,19 @@ def parse_args(argv):
     for i in reversed(range(len(argv) - 1)):
         if argv[i] == "--ours":  # argparse takes a value like --preset for its own flag
             argv[i : i + 2] = [f"--ours={argv[i + 1]}"]
-    parser = race.Parser(
-        prog="side_by_side.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("", __doc__, prog="side_by_side.py")
     add = parser.add_argument
     add("--modded", type=Path, metavar="DIR", help="a checkout of modded-nanogpt")
     add("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT")
     add("--train_files", required=True, metavar="GLOB", help="GPT-2 token shards to train on")
     add("--val_files", required=True, metavar="GLOB", help="GPT-2 token shards to validate on")
-    add("--out", type=Path, required=True, metavar="DIR", help="for the results; runs that it already holds are kept")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for the results; runs that it already holds are kept",
+    )
     add(
         "--ours",
         action="append",
@@ -465,10 +506,34 @@ def parse_args(argv):
     )
     add("--only", nargs="+", metavar="NAME", help="run these contenders only")
     add("--again", action="store_true", help="run contenders again that --out holds, too")
-    add("--steps", type=number_in(int, 20), default=600, metavar="N", help="updates of everyone (600)")
-    add("--batch_tokens", type=number_in(int, ROW), default=65536, metavar="N", help="tokens per update (65536)")
-    add("--val_tokens", type=number_in(int, 262144), default=1048576, metavar="N", help="validation tokens (1048576)")
-    add("--val_every", type=number_in(int, 2), default=50, metavar="N", help="updates between validations (50)")
+    add(
+        "--steps",
+        type=number_in(int, 20),
+        default=600,
+        metavar="N",
+        help="updates of everyone (600)",
+    )
+    add(
+        "--batch_tokens",
+        type=number_in(int, ROW),
+        default=65536,
+        metavar="N",
+        help="tokens per update (65536)",
+    )
+    add(
+        "--val_tokens",
+        type=number_in(int, 262144),
+        default=1048576,
+        metavar="N",
+        help="validation tokens (1048576)",
+    )
+    add(
+        "--val_every",
+        type=number_in(int, 2),
+        default=50,
+        metavar="N",
+        help="updates between validations (50)",
+    )
     add(
         "--timeout",
         type=number_in(float, 1),
@@ -517,17 +582,27 @@ def parse_args(argv):
 
 def main(argv=None) -> int:
     try:
-        with race.interruptible():
+        with interruptible():
             args = parse_args(argv)
             plan, path = (
                 Plan(args.steps, args.batch_tokens, args.val_tokens, args.val_every),
                 args.out / "side_by_side.json",
             )
-            report = json.loads(path.read_text()) if path.exists() else {"plan": dataclasses.asdict(plan), "runs": []}
+            report = (
+                json.loads(path.read_text())
+                if path.exists()
+                else {"plan": dataclasses.asdict(plan), "runs": []}
+            )
             if report["plan"] != dataclasses.asdict(plan):
-                raise BadInput(f"{path}: made with {report['plan']}; give the same sizes, or another --out")
+                raise BadInput(
+                    f"{path}: made with {report['plan']}; give the same sizes, or another --out"
+                )
             asked = subprocess.run(
-                [sys.executable, "-c", "import torch; print(torch.__version__); print(torch.cuda.get_device_name())"],
+                [
+                    sys.executable,
+                    "-c",
+                    "import torch; print(torch.__version__); print(torch.cuda.get_device_name())",
+                ],
                 capture_output=True,
                 text=True,
             )
@@ -556,19 +631,22 @@ def main(argv=None) -> int:
                 try:
                     run = run_one(name, args, plan, report["ceilings"])
                     print(
-                        f"{name}: {run['tokens_per_second']:,.0f} tokens/s, val loss {run['val_loss']:.4f}", flush=True
+                        f"{name}: {run['tokens_per_second']:,.0f} tokens/s, val loss {run['val_loss']:.4f}",
+                        flush=True,
                     )
                 except Failed as error:
                     run = dict(name=name, flags="", failed=str(error))
                     print(f"{name}: failed: {error}", flush=True)
-                report["runs"] = [other for other in report["runs"] if other["name"] != name] + [run]
+                report["runs"] = [other for other in report["runs"] if other["name"] != name] + [
+                    run
+                ]
                 save(args, report)
             print(table(report))
             return int(any("failed" in run for run in report["runs"]))
     except (BadInput, shards.BadInput, OSError) as error:
         print(f"side_by_side.py: {error}", file=sys.stderr)
         return 2
-    except race.Interrupted as stopped:
+    except Interrupted as stopped:
         return stopped.args[0]
 
 

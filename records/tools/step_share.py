@@ -1,18 +1,17 @@
 """The share of training time spent outside forward, backward and update: data, bookkeeping, the log, the screen.
 
-    python records/step_share.py [--steps 60] [other flags of train_gpt.py]
+    python -m records step_share [--steps 60] [other flags of train_gpt.py]
 
 Runs the trainer in this process with a stopwatch around forward_backward and update, and compares their sum with the clock's
 training time. On CUDA the stopwatch synchronises the device, so there the share is an upper bound.
 """
-import sys
+
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if not __package__:
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 import train_gpt
+from records.tools.command import command
 
 
 def timed(function, seconds: list[float], sync):
@@ -23,11 +22,12 @@ def timed(function, seconds: list[float], sync):
         sync()
         seconds.append(time.perf_counter() - begun)
         return result
+
     return wrapper
 
 
-def main(argv=None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+@command("step_share")
+def main(argv) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return 0
@@ -42,14 +42,14 @@ def main(argv=None) -> int:
     train_gpt.Clock.stop = noting_stop
     train_gpt.forward_backward = timed(train_gpt.forward_backward, passes, sync)
     train_gpt.update = timed(train_gpt.update, updates, sync)
-    if code := train_gpt.main(argv if any(word.startswith("--steps") for word in argv) else ["--steps", "60", *argv]):
+    if code := train_gpt.main(
+        argv if any(word.startswith("--steps") for word in argv) else ["--steps", "60", *argv]
+    ):
         return code
     steps = len(updates) - 1  # the first one is the warm-up's, outside the clock
     inside, total = sum(passes[-steps:]) + sum(updates[-steps:]), clocks[-1]
-    print(f"{steps} steps, {total:.2f} s of training: forward and backward {sum(passes[-steps:]) / total:.1%}, update "
-          f"{sum(updates[-steps:]) / total:.1%}, everything else {1 - inside / total:.1%}")
+    print(
+        f"{steps} steps, {total:.2f} s of training: forward and backward {sum(passes[-steps:]) / total:.1%}, update "
+        f"{sum(updates[-steps:]) / total:.1%}, everything else {1 - inside / total:.1%}"
+    )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

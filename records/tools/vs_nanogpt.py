@@ -1,7 +1,7 @@
 """Time to nanoGPT's final validation loss: our laptop run against nanoGPT's own recipe for a CPU, on the same bytes.
 
     git clone https://github.com/karpathy/nanoGPT
-    python records/vs_nanogpt.py nanoGPT [--runs 3] [-- flags for train_gpt.py]
+    python -m records vs_nanogpt nanoGPT [--runs 3] [-- flags for train_gpt.py]
 
 Each pair, in alternating order, on the same cores:
     nanoGPT   the command of its README for "only a macbook": 4 layers of 128, rows of 64, 12 rows a step, 2000 steps.
@@ -15,7 +15,7 @@ train_time of the first validation at or below that loss, so it is rounded up to
 Writes the shards' tokens to NANOGPT/data/laptop_bytes, and everything else to a new folder (--out). Needs nothing
 beyond requirements.txt. Exit code 0: measured; 1: a run failed; 2: misuse; 130: interrupted.
 """
-import argparse
+
 import pickle
 import re
 import statistics
@@ -25,16 +25,17 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-if not __package__:  # run as a script
-    sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 from data import shards
-from records import race
-from records.race import BadInput, Failed
+from records.tools import race
+from records.tools.command import BadInput, Parser, command, number_in, write_json
+from records.tools.runs import Failed, Interrupted, call, interruptible, machine
 
 BLOCK = 64
-RECIPE = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
-          f"--block_size={BLOCK} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0").split()
+RECIPE = (
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+    f"--block_size={BLOCK} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
+).split()
 ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.M)
 ESTIMATE = re.compile(r"^step (\d+): train loss \S+, val loss (\S+)", re.M)
 VALIDATION = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms", re.M)
@@ -89,18 +90,36 @@ def read_nanogpt(output: str, steps: int) -> dict:
 def run_nanogpt(nanogpt: Path, steps: int, folder: Path, timeout) -> dict:
     """One run by nanoGPT's recipe; its checkpoint and its output end up in `folder`."""
     folder.mkdir(parents=True)
-    command = [sys.executable, "-u", "train.py", *RECIPE, f"--max_iters={steps}", f"--lr_decay_iters={steps}",
-               f"--eval_interval={steps}", "--always_save_checkpoint=True", "--dataset=laptop_bytes",
-               f"--out_dir={folder.resolve()}"]
-    race.call(command, folder / "output", timeout, cwd=nanogpt)
+    command = [
+        sys.executable,
+        "-u",
+        "train.py",
+        *RECIPE,
+        f"--max_iters={steps}",
+        f"--lr_decay_iters={steps}",
+        f"--eval_interval={steps}",
+        "--always_save_checkpoint=True",
+        "--dataset=laptop_bytes",
+        f"--out_dir={folder.resolve()}",
+    ]
+    call(command, folder / "output", timeout, cwd=nanogpt)
     return read_nanogpt((folder / "output").read_text(), steps)
 
 
 def evaluate_nanogpt(nanogpt: Path, folder: Path, count: int, timeout) -> float:
     """Loss of the checkpoint in `folder` over the predictions of val tokens 1..count, nats per token."""
     tokens = (nanogpt / "data" / "laptop_bytes" / "val.bin").resolve()
-    command = [sys.executable, "-c", EVALUATE, nanogpt.resolve(), (folder / "ckpt.pt").resolve(), tokens, count, BLOCK]
-    race.call([str(part) for part in command], folder / "evaluation", timeout)
+    command = [
+        sys.executable,
+        "-c",
+        EVALUATE,
+        nanogpt.resolve(),
+        (folder / "ckpt.pt").resolve(),
+        tokens,
+        count,
+        BLOCK,
+    ]
+    call([str(part) for part in command], folder / "evaluation", timeout)
     return float((folder / "evaluation").read_text().split()[-1])
 
 
@@ -115,10 +134,23 @@ def first_at(log: str, loss: float) -> tuple[int, int] | None:
 def one_pair(number: int, args, flags, val_size: int) -> dict:
     """Both runs once, the order by `number`. Raises Failed where either fails."""
     theirs_in, ours_in = args.out / f"pair{number}_nanogpt", args.out / f"pair{number}_ours"
-    ours_flags = ["--preset", "laptop", "--val_every", "10", "--seed", str(number), "--train_files", args.train_files,
-                  "--val_files", args.val_files, *flags]
-    jobs = {"nanoGPT": lambda: run_nanogpt(args.nanogpt, args.steps, theirs_in, args.timeout),
-            "ours": lambda: race.train(args.script, ours_flags, ours_in, args.timeout)}
+    ours_flags = [
+        "--preset",
+        "laptop",
+        "--val_every",
+        "10",
+        "--seed",
+        str(number),
+        "--train_files",
+        args.train_files,
+        "--val_files",
+        args.val_files,
+        *flags,
+    ]
+    jobs = {
+        "nanoGPT": lambda: run_nanogpt(args.nanogpt, args.steps, theirs_in, args.timeout),
+        "ours": lambda: race.train(args.script, ours_flags, ours_in, args.timeout),
+    }
     done = {}
     for name in sorted(jobs, reverse=number % 2 == 1):
         print(f"pair {number + 1}/{args.runs}: {name} ...", flush=True)
@@ -127,26 +159,42 @@ def one_pair(number: int, args, flags, val_size: int) -> dict:
     count = min(int(ours.line["val_tokens"]), val_size - 1) // BLOCK * BLOCK
     loss = evaluate_nanogpt(args.nanogpt, theirs_in, count, args.timeout)
     reached = first_at(ours.log.read_text(), loss)
-    return {"nanogpt_time_ms": theirs["time_ms"], "nanogpt_val_loss": loss,
-            "nanogpt_own_estimate": theirs["own_estimate"], "val_tokens": count,
-            "our_step": reached and reached[0], "our_time_ms": reached and reached[1],
-            "our_final_loss": ours.loss, "our_final_time_ms": ours.time_ms,
-            "ratio": reached and reached[1] / theirs["time_ms"]}
+    return {
+        "nanogpt_time_ms": theirs["time_ms"],
+        "nanogpt_val_loss": loss,
+        "nanogpt_own_estimate": theirs["own_estimate"],
+        "val_tokens": count,
+        "our_step": reached and reached[0],
+        "our_time_ms": reached and reached[1],
+        "our_final_loss": ours.loss,
+        "our_final_time_ms": ours.time_ms,
+        "ratio": reached and reached[1] / theirs["time_ms"],
+    }
 
 
 def summary(pairs, args, flags) -> dict:
     ratios = [pair["ratio"] for pair in pairs if pair["ratio"] is not None]
-    return {"ratio_median": statistics.median(ratios) if len(ratios) == len(pairs) else None,
-            "ratio_min": min(ratios, default=None), "ratio_max": max(ratios, default=None),
-            "n": len(pairs), "nanogpt_steps": args.steps, "flags": flags, "machine": race.machine(),
-            "source_sha256": race.sha256(args.script), "pairs": pairs}
+    return {
+        "ratio_median": statistics.median(ratios) if len(ratios) == len(pairs) else None,
+        "ratio_min": min(ratios, default=None),
+        "ratio_max": max(ratios, default=None),
+        "n": len(pairs),
+        "nanogpt_steps": args.steps,
+        "flags": flags,
+        "machine": machine(),
+        "source_sha256": race.sha256(args.script),
+        "pairs": pairs,
+    }
 
 
 def print_table(found: dict):
     print("\npair   nanoGPT  its loss  own est.      ours  at step    ratio   ours in the end")
     for i, p in enumerate(found["pairs"], 1):
-        print(f"{i:4d} {p['nanogpt_time_ms'] / 1e3:8.1f}s {p['nanogpt_val_loss']:9.4f} "
-              f"{p['nanogpt_own_estimate']:9.4f}", end=" ")
+        print(
+            f"{i:4d} {p['nanogpt_time_ms'] / 1e3:8.1f}s {p['nanogpt_val_loss']:9.4f} "
+            f"{p['nanogpt_own_estimate']:9.4f}",
+            end=" ",
+        )
         if p["ratio"] is None:
             print(f"{'never reached':>26}", end="")
         else:
@@ -155,44 +203,81 @@ def print_table(found: dict):
     if found["ratio_median"] is None:
         print("\nours does not reach nanoGPT's loss in every pair: no ratio")
     else:
-        print(f"\nours needs {found['ratio_median']:.3f} of nanoGPT's time to its final loss (median of {found['n']}; "
-              f"{found['ratio_min']:.3f} to {found['ratio_max']:.3f}) on {found['machine']}")
+        print(
+            f"\nours needs {found['ratio_median']:.3f} of nanoGPT's time to its final loss (median of {found['n']}; "
+            f"{found['ratio_min']:.3f} to {found['ratio_max']:.3f}) on {found['machine']}"
+        )
     print(f"""
 Compared: train time alone on both sides, the same bytes and cores, loss over the same validation tokens (the first
-{found['pairs'][0]['val_tokens']:,}). Each side keeps its own model, batch, precision, schedule and row length
+{found["pairs"][0]["val_tokens"]:,}). Each side keeps its own model, batch, precision, schedule and row length
 (nanoGPT's is {BLOCK}): recipes are compared, not single ideas, and the longer rows are part of ours.
 """)
 
 
 def parse_args(argv):
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
-    parser = race.Parser(prog="vs_nanogpt.py", description=__doc__, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("vs_nanogpt", __doc__)
     add = parser.add_argument
     add("nanogpt", type=Path, metavar="NANOGPT", help="a checkout of karpathy/nanoGPT")
-    add("--runs", type=race.number_in(int, 1), default=3, metavar="N", help="pairs (3)")
-    add("--steps", type=race.number_in(int, 3), default=2000, metavar="N", help="nanoGPT's steps (2000)")
-    add("--script", type=Path, default=ROOT / "train_gpt.py", metavar="FILE", help="our side (train_gpt.py)")
-    add("--train_files", default=str(ROOT / "data/laptop/laptop_train_*.bin"), metavar="GLOB", help="training shards")
-    add("--val_files", default=str(ROOT / "data/laptop/laptop_val_*.bin"), metavar="GLOB", help="validation shards")
-    add("--timeout", type=race.number_in(float, 1), default=7200, metavar="S", help="seconds a run may take (7200)")
-    add("--out", type=Path, metavar="DIR", help="new folder for logs and vs_nanogpt.json (logs/vs_nanogpt_<date>)")
+    add("--runs", type=number_in(int, 1), default=3, metavar="N", help="pairs (3)")
+    add(
+        "--steps",
+        type=number_in(int, 3),
+        default=2000,
+        metavar="N",
+        help="nanoGPT's steps (2000)",
+    )
+    add(
+        "--script",
+        type=Path,
+        default=ROOT / "train_gpt.py",
+        metavar="FILE",
+        help="our side (train_gpt.py)",
+    )
+    add(
+        "--train_files",
+        default=str(ROOT / "data/laptop/laptop_train_*.bin"),
+        metavar="GLOB",
+        help="training shards",
+    )
+    add(
+        "--val_files",
+        default=str(ROOT / "data/laptop/laptop_val_*.bin"),
+        metavar="GLOB",
+        help="validation shards",
+    )
+    add(
+        "--timeout",
+        type=number_in(float, 1),
+        default=7200,
+        metavar="S",
+        help="seconds a run may take (7200)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new folder for logs and vs_nanogpt.json (logs/vs_nanogpt_<date>)",
+    )
     args = parser.parse_args(argv[:cut])
     for name in ("train.py", "model.py", "config/train_shakespeare_char.py"):
         if not (args.nanogpt / name).is_file():
-            raise BadInput(f"{args.nanogpt}: no {name} in it; git clone https://github.com/karpathy/nanoGPT")
+            raise BadInput(
+                f"{args.nanogpt}: no {name} in it; git clone https://github.com/karpathy/nanoGPT"
+            )
     if not args.script.is_file():
         raise BadInput(f"{args.script}: no such file")
     args.out = args.out or Path("logs") / time.strftime("vs_nanogpt_%Y-%m-%d_%H-%M-%S")
     if args.out.exists():
         raise BadInput(f"{args.out}: already there; give a new folder, nothing is overwritten")
-    return args, argv[cut + 1:]
+    return args, argv[cut + 1 :]
 
 
-def main(argv=None) -> int:
+@command("vs_nanogpt")
+def main(argv) -> int:
     try:
-        with race.interruptible():
+        with interruptible():
             args, flags = parse_args(argv)
             train, val = read_shards(args.train_files), read_shards(args.val_files)
             convert(args.nanogpt, train, val)
@@ -200,19 +285,14 @@ def main(argv=None) -> int:
             pairs = []
             for number in range(args.runs):
                 pairs.append(one_pair(number, args, flags, len(val)))
-                race.write_json(args.out / "vs_nanogpt.json", summary(pairs, args, flags))
+                write_json(args.out / "vs_nanogpt.json", summary(pairs, args, flags))
         print_table(summary(pairs, args, flags))
         print(f"logs and vs_nanogpt.json: {args.out}")
         return 0
-    except (BadInput, shards.BadInput, OSError) as error:
-        print(f"vs_nanogpt.py: {error}", file=sys.stderr)
-        return 2
+    except shards.BadInput as error:
+        raise BadInput(str(error)) from None
     except Failed as error:
-        print(f"vs_nanogpt.py: a run failed: {error}; see {args.out}", file=sys.stderr)
+        print(f"records vs_nanogpt: a run failed: {error}; see {args.out}", file=sys.stderr)
         return 1
-    except race.Interrupted as stopped:
+    except Interrupted as stopped:
         return stopped.args[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Regenerate the leaderboards from the record folders: python records/board.py [--check]
+"""Regenerate the leaderboards from the record folders: python -m records board [--check]
 
 Rewrites the parts of records/README.md (and of the repository's README.md, where it has them) that stand between
 comments such as `<!-- board:laptop -->` and `<!-- /board:laptop -->`, and draws history.png and loss.png.
@@ -8,20 +8,29 @@ The one_gpu and laptop tracks are ranked by paired races, because seconds of dif
 record's race.json, made by race.py, holds the ratio of its train time to a reference record's on one machine, and the
 product of these ratios along the chain of references is its time relative to the track's first record.
 """
+
 import math
 import os
 import re
 import sys
 from dataclasses import dataclass
 
-if not __package__:
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from records import logs, plot, verify  # noqa: E402
-from records.logs import TRACKS, number, printable  # noqa: E402
+from records.tools import logs, plot, verify
+from records.tools.command import (
+    BadInput,
+    Parser,
+    between,
+    command,
+    emit,
+    printable,
+    replace_between,
+    write_atomic,
+)
+from records.tools.logs import TRACKS, number
 
-RECORDS = os.path.dirname(os.path.abspath(__file__))
+RECORDS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 ROOT = os.path.dirname(RECORDS)
-RACED = ("one_gpu", "laptop")       # ranked by race, not by seconds
+RACED = ("one_gpu", "laptop")  # ranked by race, not by seconds
 
 # The public 8xH100 record for 3.28 on FineWeb, in minutes: the work of the llm.c and modded-nanogpt contributors.
 PUBLIC_HISTORY = (
@@ -58,12 +67,13 @@ class Broken(Exception):
 @dataclass
 class Record:
     """One record folder, as its result.json and race.json tell it."""
+
     name: str
     track: str
     result: dict
     race: dict | None
-    reference: str | None = None        # name of the record it raced against
-    relative: float | None = None       # train time over that of the track's first record
+    reference: str | None = None  # name of the record it raced against
+    relative: float | None = None  # train time over that of the track's first record
 
     @property
     def title(self) -> str:
@@ -89,15 +99,29 @@ def check_shape(name, result, race):
     """Refuse what the tables below could not print."""
     for key in ("val_loss", "train_time_ms"):
         values = result.get(key)
-        if not isinstance(values, dict) or number(values.get("mean")) is None or "std" not in values:
-            raise Broken(f"{name}/result.json has no {key} statistics; make the folder with submit.py")
-    if number(result.get("n")) is None or not isinstance(result.get("runs"), list) or not result["runs"]:
+        if (
+            not isinstance(values, dict)
+            or number(values.get("mean")) is None
+            or "std" not in values
+        ):
+            raise Broken(
+                f"{name}/result.json has no {key} statistics; make the folder with submit.py"
+            )
+    if (
+        number(result.get("n")) is None
+        or not isinstance(result.get("runs"), list)
+        or not result["runs"]
+    ):
         raise Broken(f"{name}/result.json lists no runs; make the folder with submit.py")
     if race is not None:
         ratio, interval = number(race.get("ratio")), race.get("ci")
         if ratio is None or ratio <= 0 or not isinstance(race.get("reference"), str):
-            raise Broken(f"{name}/race.json needs a reference and a ratio above 0; make it with race.py")
-        if not (isinstance(interval, list) and len(interval) == 2 and None not in map(number, interval)):
+            raise Broken(
+                f"{name}/race.json needs a reference and a ratio above 0; make it with race.py"
+            )
+        if not (
+            isinstance(interval, list) and len(interval) == 2 and None not in map(number, interval)
+        ):
             raise Broken(f"{name}/race.json needs ci, a list of two numbers; make it with race.py")
 
 
@@ -138,16 +162,22 @@ def relative_time(record, by_name, first) -> float | None:
 
 def ranked(track: str, records: list[Record]) -> list[Record]:
     """Best first."""
+
     def key(record):
         if track in RACED:
             return record.relative if record.relative is not None else math.inf
-        value = record.result.get("peak_memory_bytes") if track == "memory" else record.result["train_time_ms"]["mean"]
+        value = (
+            record.result.get("peak_memory_bytes")
+            if track == "memory"
+            else record.result["train_time_ms"]["mean"]
+        )
         return value if number(value) is not None else math.inf
+
     return sorted(records, key=lambda r: (key(r), r.name))
 
 
 def race_text(record: Record) -> str:
-    """"0.812 [0.795, 0.829]"."""
+    """ "0.812 [0.795, 0.829]"."""
     if record.race is None:
         return "–"
     low, high = record.race["ci"]
@@ -163,8 +193,17 @@ def leaderboard(track: str, records: list[Record]) -> str:
     if not records:
         return "No record yet."
     if track in RACED:
-        lines = [row("#", "record", "time relative to the first", "against its reference [95 % CI]", "val loss", "n"),
-                 "|---:|---|---:|---:|---:|---:|"]
+        lines = [
+            row(
+                "#",
+                "record",
+                "time relative to the first",
+                "against its reference [95 % CI]",
+                "val loss",
+                "n",
+            ),
+            "|---:|---|---:|---:|---:|---:|",
+        ]
     elif track == "memory":
         lines = [row("#", "record", "peak memory", "val loss", "n"), "|---:|---|---:|---:|---:|"]
     else:
@@ -179,7 +218,15 @@ def leaderboard(track: str, records: list[Record]) -> str:
             peak = number(r.result.get("peak_memory_bytes"))
             lines.append(row(place, link, f"{peak / 2**30:.2f} GiB" if peak else "–", r.loss, n))
         else:
-            lines.append(row(place, link, f"{verify.plus_minus(r.result['train_time_ms'], 1000, 2)} s", r.loss, n))
+            lines.append(
+                row(
+                    place,
+                    link,
+                    f"{verify.plus_minus(r.result['train_time_ms'], 1000, 2)} s",
+                    r.loss,
+                    n,
+                )
+            )
     return "\n".join(lines)
 
 
@@ -194,7 +241,11 @@ def effect(record: Record) -> str:
         return "slower" if by_interval == "slower" else "loses: loss is worse"
     level = record.race.get("level_per_look", 0.0)
     if verdict == "not shown" and by_interval == "faster":
-        return "less time, not at the race's level" if record.race.get("p_loss_not_worse", 1.0) <= level else "less time; equal loss not shown"
+        return (
+            "less time, not at the race's level"
+            if record.race.get("p_loss_not_worse", 1.0) <= level
+            else "less time; equal loss not shown"
+        )
     return {"yes": "faster", None: by_interval}.get(verdict, "no difference shown")
 
 
@@ -202,8 +253,17 @@ def ablation(records: list[Record]) -> str:
     """What each piece buys: the laptop records in order, each against the one it was raced against."""
     if not records:
         return "No laptop record yet."
-    lines = [row("step", "val loss", "n", "train time against the step before [95 % CI]", "verdict", "in all"),
-             "|---|---:|---:|---:|---|---:|"]
+    lines = [
+        row(
+            "step",
+            "val loss",
+            "n",
+            "train time against the step before [95 % CI]",
+            "verdict",
+            "in all",
+        ),
+        "|---|---:|---:|---:|---|---:|",
+    ]
     previous = None
     for r in records:
         against = race_text(r)
@@ -227,10 +287,11 @@ def texts(tracks: dict) -> dict[str, dict[str, str]]:
     blocks["board:ablation"] = ablation(laptop)
     blocks["board:public"] = public_table()
     blocks["board:pictures"] = "![Public and laptop history](history.png)" + (
-        "\n\n![Validation loss of the laptop records over train time](loss.png)" if laptop else "")
+        "\n\n![Validation loss of the laptop records over train time](loss.png)" if laptop else ""
+    )
     wanted = {os.path.join(RECORDS, "README.md"): blocks}
     top = os.path.join(ROOT, "README.md")
-    if os.path.isfile(top) and logs.between(read(top), "board:ablation") is not None:
+    if os.path.isfile(top) and between(read(top), "board:ablation") is not None:
         wanted[top] = {"board:ablation": blocks["board:ablation"]}
     return wanted
 
@@ -243,6 +304,7 @@ def read(path) -> str:
 def draw_history(path, laptop: list[Record]):
     """Left: the public record, others' work. Right: our laptop records, relative to the first."""
     from matplotlib.figure import Figure
+
     picture = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
     left, right = picture.subplots(1, 2)
     minutes = [m for m, _ in PUBLIC_HISTORY]
@@ -251,9 +313,21 @@ def draw_history(path, laptop: list[Record]):
     start = minutes.index(7.8)
     left.plot([start], [7.8], "o", color=plot.COLOURS[1], markersize=8)
     for i, place in ((0, (6, 2)), (start, (8, 6)), (len(minutes) - 1, (-52, -4))):
-        left.annotate(f"{minutes[i]:g} min", (i, minutes[i]), xytext=place, textcoords="offset points", fontsize=9)
-    left.annotate("this repository starts here", (start, 7.8), xytext=(8, 20), textcoords="offset points", fontsize=9,
-                  color=plot.COLOURS[1])
+        left.annotate(
+            f"{minutes[i]:g} min",
+            (i, minutes[i]),
+            xytext=place,
+            textcoords="offset points",
+            fontsize=9,
+        )
+    left.annotate(
+        "this repository starts here",
+        (start, 7.8),
+        xytext=(8, 20),
+        textcoords="offset points",
+        fontsize=9,
+        color=plot.COLOURS[1],
+    )
     left.set_yscale("log")
     left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     left.minorticks_off()
@@ -263,17 +337,35 @@ def draw_history(path, laptop: list[Record]):
     left.set_title("Public record: the work of others, for reference only", fontsize=11)
     known = [r for r in laptop if r.relative is not None]
     if known:
-        right.step(range(len(known)), [r.relative for r in known], where="post", color=plot.COLOURS[0], linewidth=1.5)
-        right.plot(range(len(known)), [r.relative for r in known], "o", color=plot.COLOURS[0], markersize=5)
+        right.step(
+            range(len(known)),
+            [r.relative for r in known],
+            where="post",
+            color=plot.COLOURS[0],
+            linewidth=1.5,
+        )
+        right.plot(
+            range(len(known)), [r.relative for r in known], "o", color=plot.COLOURS[0], markersize=5
+        )
         for i, r in enumerate(known):
-            right.annotate(f"{r.relative:.2f}", (i, r.relative), xytext=(4, 6), textcoords="offset points", fontsize=9)
-        right.set_xticks(range(len(known)), [r.title for r in known], rotation=35, ha="right", fontsize=8)
+            right.annotate(
+                f"{r.relative:.2f}",
+                (i, r.relative),
+                xytext=(4, 6),
+                textcoords="offset points",
+                fontsize=9,
+            )
+        right.set_xticks(
+            range(len(known)), [r.title for r in known], rotation=35, ha="right", fontsize=8
+        )
         right.set_ylim(0, max(r.relative for r in known) * 1.15)
         right.margins(x=0.08)
     else:
         right.set_xticks([])
         right.set_yticks([])
-        right.text(0.5, 0.5, "no laptop record yet", ha="center", va="center", transform=right.transAxes)
+        right.text(
+            0.5, 0.5, "no laptop record yet", ha="center", va="center", transform=right.transAxes
+        )
     right.set_ylabel("train time relative to the first record")
     right.set_title("This repository's laptop track, by paired race", fontsize=11)
     for axis in (left, right):
@@ -286,13 +378,20 @@ def draw_pictures(laptop: list[Record]):
     if laptop:
         groups = plot.load([os.path.join(RECORDS, "laptop", r.name) for r in laptop])
         target = logs.number(laptop[-1].result.get("target"))
-        plot.save(plot.figure(groups, ["time"], target, "Laptop records, each on the machine it was made on"),
-                  os.path.join(RECORDS, "loss.png"))
+        plot.save(
+            plot.figure(
+                groups, ["time"], target, "Laptop records, each on the machine it was made on"
+            ),
+            os.path.join(RECORDS, "loss.png"),
+        )
 
 
-def main(argv=None) -> int:
-    parser = logs.Parser(prog="board.py", description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a text is stale")
+@command("board")
+def main(argv) -> int:
+    parser = Parser("board", __doc__)
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a text is stale"
+    )
     args = parser.parse_args(argv)
     try:
         tracks = {track: read_track(track) for track in TRACKS}
@@ -300,25 +399,24 @@ def main(argv=None) -> int:
         for path, blocks in texts(tracks).items():
             old = new = read(path)
             for name, text in blocks.items():
-                new = logs.replace_between(new, name, text)
+                new = replace_between(new, name, text)
             if new != old:
                 stale[path] = new
         if not args.check:
             for path, new in stale.items():
-                logs.write_atomic(path, new.encode())
+                write_atomic(path, new.encode())
             draw_pictures(tracks["laptop"])
     except (Broken, ValueError) as error:
-        parser.refuse(str(error))
+        raise BadInput(str(error))
     except OSError as error:
-        parser.refuse(f"{error.filename or RECORDS}: {error.strerror}")
+        raise BadInput(f"{error.filename or RECORDS}: {error.strerror}")
     names = ", ".join(os.path.relpath(path, ROOT) for path in stale)
     if args.check and stale:
-        print(f"board.py: {names} is stale; run python records/board.py", file=sys.stderr)
+        print(f"board.py: {names} is stale; run python -m records board", file=sys.stderr)
         return 1
     count = sum(map(len, tracks.values()))
-    logs.emit(f"{count} record{'s' * (count != 1)}; " + (f"rewrote {names}" if stale else "the text was up to date"))
+    emit(
+        f"{count} record{'s' * (count != 1)}; "
+        + (f"rewrote {names}" if stale else "the text was up to date")
+    )
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
 """Race trainers against each other on this machine: paired runs in turn, a ratio of train times, and a verdict.
 
-    python records/race.py REF CAND --runs 10 [-- flags for both]
-    python records/race.py train_gpt.py "train_gpt.py --lr_muon 0.03" -- --steps 150
-    python records/race.py records/laptop/*/ --runs 8           a history: each against the one before it
+    python -m records race REF CAND --runs 10 [-- flags for both]
+    python -m records race train_gpt.py "train_gpt.py --lr_muon 0.03" -- --steps 150
+    python -m records race records/laptop/*/ --runs 8           a history: each against the one before it
 
 REF and CAND are scripts or record folders (then their train_gpt.py), each with flags of its own if quoted together
 with it. One round runs each of them once with the same seed, and the next round runs them in reverse order with the
@@ -27,59 +27,49 @@ left out of its pairs, and a script that loses two rounds in a row leaves the ra
 exits 130. NPROC=n runs each trainer on n processes with torchrun.
 Exit code 0: raced; 1: a script left the race or was edited during it; 2: misuse.
 """
-import argparse
-import contextlib
+
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shlex
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-CONFIDENCE = 0.95
-MIN_PAIRS = 3      # no look before this many rounds
-MAX_LOST = 2       # rounds in a row, each tried twice
-GRACE = 15         # seconds between SIGTERM and SIGKILL
+from records.tools.command import BadInput, Parser, command, number_in, write_json
+from records.tools.runs import Failed, Interrupted, call, interruptible, machine
+from records.tools.stats import CONFIDENCE, half_interval, mean_std, p_less
 
-
-class BadInput(Exception):
-    """What is wrong; what to do."""
-
-
-class Failed(Exception):
-    """A run that brought no result, and why."""
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; the argument is the exit code."""
+MIN_PAIRS = 3  # no look before this many rounds
+MAX_LOST = 2  # rounds in a row, each tried twice
+GRACE = 15  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
 class Entry:
     """A script with flags of its own."""
-    name: str       # as given on the command line
+
+    name: str  # as given on the command line
     script: Path
     flags: tuple
-    sha256: str     # of the script when the race began
+    sha256: str  # of the script when the race began
 
 
 @dataclass(frozen=True)
 class Result:
     """What one finished run's log says."""
+
     time_ms: float
-    loss: float     # nats per token
+    loss: float  # nats per token
     log: Path
-    line: dict      # the whole JSON line
+    line: dict  # the whole JSON line
 
 
 # ----------------------------------------------------------------------------------------------------- running trainers
+
 
 def read_result(folder: Path) -> Result:
     """The result of the only log in `folder`. Raises Failed where there is none."""
@@ -97,38 +87,6 @@ def read_result(folder: Path) -> Result:
     if not (math.isfinite(result.loss) and 0 < result.time_ms < math.inf):
         raise Failed(f"val loss {result.loss}, train time {result.time_ms} ms")
     return result
-
-
-def stop(process):
-    """Ends a process and everything it started in its session."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(GRACE)
-            return
-        except ProcessLookupError:
-            process.wait()
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
-def call(command, output: Path, timeout, env=None, cwd=None):
-    """Runs a command, printing to the file `output`. Raises Failed unless it exits 0 within `timeout` seconds."""
-    with open(output, "wb") as file:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                                   start_new_session=True, env=env, cwd=cwd)
-        try:
-            code = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            stop(process)
-            raise Failed(f"not finished after {timeout:g} s") from None
-        except BaseException:
-            stop(process)
-            raise
-    if code:
-        lines = output.read_text(errors="replace").split("\n")
-        raise Failed(f"exit code {code}: {next((line for line in reversed(lines) if line.strip()), 'no output')[:300]}")
 
 
 def train(script: Path, flags, folder: Path, timeout) -> Result:
@@ -154,46 +112,21 @@ def train_twice(script, flags, folder, timeout, failures) -> Result | None:
     return None
 
 
-def machine() -> str:
-    """The processor and its threads."""
-    try:
-        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or a processor without a name there
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} threads"
-
-
-# ------------------------------------------------------------------------------------------------------- the statistics
-
-def p_less(values, bound=0.0) -> float | None:
-    """One-sided p-value of a t-test that the mean of `values` is below `bound`. None for fewer than two values."""
-    from scipy import stats
-    if len(values) < 2:
-        return None
-    if max(values) == min(values):  # the t statistic is infinite or 0/0
-        return 0.0 if values[0] < bound else 1.0
-    return float(stats.ttest_1samp(values, bound, alternative="less").pvalue)
-
-
-def mean_std(values) -> dict:
-    mean = math.fsum(values) / len(values) if values else None
-    std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
-    return {"mean": mean, "std": std}
+# ------------------------------------------------------------------------------------------------- the statistics
 
 
 def compare(pairs, margin) -> dict:
     """Statistics of [(reference, candidate), ...] Results: ratio of times, interval, p-values, losses."""
-    from scipy import stats
     logs = [math.log(b.time_ms / a.time_ms) for a, b in pairs]
     worse = [b.loss - a.loss for a, b in pairs]
     of = mean_std(logs)
-    half = None
-    if len(pairs) > 1:
-        half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(pairs) - 1)) * of["std"] / math.sqrt(len(pairs))
+    half = half_interval(logs)
     return {
         "n": len(pairs),
         "ratio": math.exp(of["mean"]) if pairs else None,
-        "ci": [math.exp(of["mean"] - half), math.exp(of["mean"] + half)] if half is not None else None,
+        "ci": [math.exp(of["mean"] - half), math.exp(of["mean"] + half)]
+        if half is not None
+        else None,
         "p_value": p_less(logs),
         "p_slower": p_less([-x for x in logs]),
         "p_loss_not_worse": p_less(worse, margin),
@@ -204,7 +137,7 @@ def compare(pairs, margin) -> dict:
 
 
 def verdict(stats, level) -> str | None:
-    """"yes", "no", or None where `level` decides neither."""
+    """ "yes", "no", or None where `level` decides neither."""
     if stats["n"] < 2:
         return None
     if stats["p_value"] < level and stats["p_loss_not_worse"] < level:
@@ -214,22 +147,25 @@ def verdict(stats, level) -> str | None:
 
 def planned_looks(runs: int, looks: int) -> list[int]:
     """Rounds after which the race may be decided."""
-    return sorted({min(runs, max(MIN_PAIRS, math.ceil(runs * i / looks))) for i in range(1, looks + 1)})
+    return sorted(
+        {min(runs, max(MIN_PAIRS, math.ceil(runs * i / looks))) for i in range(1, looks + 1)}
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the race
+
 
 class Race:
     """Entries, their results by round, and the verdicts of neighbouring pairs."""
 
     def __init__(self, entries, args, flags):
         self.entries, self.args, self.flags = entries, args, flags
-        self.results = [{} for _ in entries]    # round -> Result
-        self.lost = [0] * len(entries)          # rounds in a row
+        self.results = [{} for _ in entries]  # round -> Result
+        self.lost = [0] * len(entries)  # rounds in a row
         self.failures = []
         self.looks = planned_looks(args.runs, args.looks)
         self.level = args.alpha / len(self.looks)
-        self.verdicts = {}                      # index of the candidate -> (verdict, round)
+        self.verdicts = {}  # index of the candidate -> (verdict, round)
         self.machine = machine()
 
     def letter(self, i):
@@ -251,11 +187,21 @@ class Race:
                 flags = without([*entry.flags, *self.flags], "--steps")
                 folder = self.args.out / f"warmup{k}_{self.letter(i)}"
                 flags += ["--steps", "5", "--seed", str(self.args.first_seed)]
-                if re.search(r"^    warmup: int", entry.script.read_text(encoding="utf-8", errors="replace"), re.M):
-                    flags = [*without(flags, "--warmup"), "--warmup", "0"]  # a recipe's own would outlast five steps
+                if re.search(
+                    r"^    warmup: int",
+                    entry.script.read_text(encoding="utf-8", errors="replace"),
+                    re.M,
+                ):
+                    flags = [
+                        *without(flags, "--warmup"),
+                        "--warmup",
+                        "0",
+                    ]  # a recipe's own would outlast five steps
                 if not train_twice(entry.script, flags, folder, self.args.timeout, self.failures):
-                    raise BadInput(f"{entry.name}: its warm-up run (--steps 5) fails: {self.failures[-1]['why']}; "
-                                   f"see {folder / 'output'}, or skip warm-ups with --warmup_runs 0")
+                    raise BadInput(
+                        f"{entry.name}: its warm-up run (--steps 5) fails: {self.failures[-1]['why']}; "
+                        f"see {folder / 'output'}, or skip warm-ups with --warmup_runs 0"
+                    )
 
     def run(self):
         """The rounds, until all pairs are decided, or time is up."""
@@ -265,7 +211,9 @@ class Race:
             if self.args.max_hours and round_start - start + longest > self.args.max_hours * 3600:
                 print(f"stopped: another round would not end within {self.args.max_hours:g} hours")
                 return
-            active = sorted({j for i in self.undecided() for j in (i - 1, i)}, reverse=number % 2 == 1)
+            active = sorted(
+                {j for i in self.undecided() for j in (i - 1, i)}, reverse=number % 2 == 1
+            )
             for i in active:
                 self.one_run(i, number)
             longest = max(longest, time.monotonic() - round_start)
@@ -283,15 +231,20 @@ class Race:
     def one_run(self, i, number):
         entry, seed = self.entries[i], self.args.first_seed + number
         if sha256(entry.script) != entry.sha256:
-            raise BadInput(f"{entry.script} was edited during the race; race a copy that nobody works on")
+            raise BadInput(
+                f"{entry.script} was edited during the race; race a copy that nobody works on"
+            )
         folder = self.args.out / f"round{number:03d}_{self.letter(i)}_seed{seed}"
         flags = [*entry.flags, *self.flags, "--seed", str(seed)]
         result = train_twice(entry.script, flags, folder, self.args.timeout, self.failures)
         self.lost[i] = 0 if result else self.lost[i] + 1
         if result:
             self.results[i][number] = result
-            print(f"round {number + 1}/{self.args.runs}  {self.letter(i)}  seed {seed}  {result.time_ms / 1e3:.2f} s  "
-                  f"loss {result.loss:.4f}", flush=True)
+            print(
+                f"round {number + 1}/{self.args.runs}  {self.letter(i)}  seed {seed}  {result.time_ms / 1e3:.2f} s  "
+                f"loss {result.loss:.4f}",
+                flush=True,
+            )
 
     def report(self) -> list[dict]:
         """One dictionary for each neighbouring pair."""
@@ -301,21 +254,43 @@ class Race:
         pairs = self.pairs(i)
         faster, decided_at = self.verdicts.get(i, ("undecided", None))
         a, b = self.entries[i - 1], self.entries[i]
-        read = {json.dumps([result.line.get(key) for key in ("val_tokens", "data_sha256")], sort_keys=True)
-                for pair in pairs for result in pair}
+        read = {
+            json.dumps(
+                [result.line.get(key) for key in ("val_tokens", "data_sha256")], sort_keys=True
+            )
+            for pair in pairs
+            for result in pair
+        }
         names = tuple(f"_{self.letter(j)}" for j in (i - 1, i))
         return {
-            "reference": a.name, "candidate": b.name, "flags": shlex.join(self.flags),
+            "reference": a.name,
+            "candidate": b.name,
+            "flags": shlex.join(self.flags),
             **compare(pairs, self.args.loss_margin),
-            "faster": faster, "decided_at": decided_at, "runs_planned": self.args.runs,
-            "looks": self.looks, "alpha": self.args.alpha, "level_per_look": self.level,
+            "faster": faster,
+            "decided_at": decided_at,
+            "runs_planned": self.args.runs,
+            "looks": self.looks,
+            "alpha": self.args.alpha,
+            "level_per_look": self.level,
             "loss_margin": self.args.loss_margin,
-            "times_ms": {"reference": [r.time_ms for r, _ in pairs], "candidate": [c.time_ms for _, c in pairs]},
-            "losses": {"reference": [r.loss for r, _ in pairs], "candidate": [c.loss for _, c in pairs]},
+            "times_ms": {
+                "reference": [r.time_ms for r, _ in pairs],
+                "candidate": [c.time_ms for _, c in pairs],
+            },
+            "losses": {
+                "reference": [r.loss for r, _ in pairs],
+                "candidate": [c.loss for _, c in pairs],
+            },
             "same_data": len(read) <= 1,
             "source_sha256": {"reference": a.sha256, "candidate": b.sha256},
-            "failures": [failure for failure in self.failures if any(name in failure["run"] for name in names)],
-            "machine": self.machine, "device": pairs[0][1].line.get("device") if pairs else None,
+            "failures": [
+                failure
+                for failure in self.failures
+                if any(name in failure["run"] for name in names)
+            ],
+            "machine": self.machine,
+            "device": pairs[0][1].line.get("device") if pairs else None,
             "processes": int(os.environ.get("NPROC", 1)),
         }
 
@@ -327,26 +302,43 @@ class Race:
             return write_json(path, reports[0])
         write_json(path, {"machine": self.machine, "pairs": reports})
         for i, report in enumerate(reports, 1):
-            write_json(path.with_name(f"{path.stem}_{self.letter(i - 1)}{self.letter(i)}.json"), report)
+            write_json(
+                path.with_name(f"{path.stem}_{self.letter(i - 1)}{self.letter(i)}.json"), report
+            )
 
     def print_report(self):
         print()
         for i, entry in enumerate(self.entries):
             print(f"{self.letter(i)} = {entry.name}")
         for i, r in enumerate(self.report(), 1):
-            print(f"\n{self.letter(i)} against {self.letter(i - 1)}: {r['n']} pairs on {r['device']} ({r['machine']})")
+            print(
+                f"\n{self.letter(i)} against {self.letter(i - 1)}: {r['n']} pairs on {r['device']} ({r['machine']})"
+            )
             if r["n"]:
                 interval = "[{:.4f}, {:.4f}]".format(*r["ci"]) if r["ci"] else "needs two pairs"
-                new, old = ("{} ± {}".format(text(r[key]["mean"], ".4f"), text(r[key]["std"], ".4f"))
-                            for key in ("loss_candidate", "loss_reference"))
-                print(f"  train time × {r['ratio']:.4f}, {CONFIDENCE:.0%} interval {interval}; below 1: p = "
-                      f"{text(r['p_value'])}")
-                print(f"  loss {new} against {old}; not worse by {r['loss_margin']:g}: "
-                      f"p = {text(r['p_loss_not_worse'])}")
+                new, old = (
+                    "{} ± {}".format(text(r[key]["mean"], ".4f"), text(r[key]["std"], ".4f"))
+                    for key in ("loss_candidate", "loss_reference")
+                )
+                print(
+                    f"  train time × {r['ratio']:.4f}, {CONFIDENCE:.0%} interval {interval}; below 1: p = "
+                    f"{text(r['p_value'])}"
+                )
+                print(
+                    f"  loss {new} against {old}; not worse by {r['loss_margin']:g}: "
+                    f"p = {text(r['p_loss_not_worse'])}"
+                )
             if not r["same_data"]:
                 print("  note: the two did not read the same data, so their losses may not compare")
-            print(f"  faster: {r['faster']}" + (f", decided after {r['decided_at']} of {r['runs_planned']} rounds "
-                  f"at p < {r['level_per_look']:.4g}" if r["decided_at"] else ""))
+            print(
+                f"  faster: {r['faster']}"
+                + (
+                    f", decided after {r['decided_at']} of {r['runs_planned']} rounds "
+                    f"at p < {r['level_per_look']:.4g}"
+                    if r["decided_at"]
+                    else ""
+                )
+            )
         if self.failures:
             print("\nfailed runs:")
             for failure in self.failures:
@@ -355,14 +347,23 @@ class Race:
     def draw(self, path: Path):
         """Train times and losses of every round, a line for each seed."""
         import matplotlib
+
         matplotlib.use("Agg")
         from matplotlib import pyplot
+
         figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.5), layout="constrained")
         letters = [self.letter(i) for i in range(len(self.entries))]
-        panels = ("train time [s]", lambda result: result.time_ms / 1e3), ("val loss", lambda result: result.loss)
+        panels = (
+            ("train time [s]", lambda result: result.time_ms / 1e3),
+            ("val loss", lambda result: result.loss),
+        )
         for axis, (title, value) in zip(axes, panels):
             for number in sorted({number for results in self.results for number in results}):
-                points = [(i, value(results[number])) for i, results in enumerate(self.results) if number in results]
+                points = [
+                    (i, value(results[number]))
+                    for i, results in enumerate(self.results)
+                    if number in results
+                ]
                 axis.plot(*zip(*points), "o-", color="tab:blue", alpha=0.4, lw=1, ms=4)
             for i, results in enumerate(self.results):
                 if results:
@@ -387,17 +388,6 @@ def sha256(path: Path) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
-def write_json(path: Path, value):
-    """Whole or not at all: a temp file beside it, fsynced and renamed."""
-    temp = path.with_name(path.name + ".tmp")
-    with open(temp, "w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temp, path)
-
-
 def without(flags, name) -> list[str]:
     """`flags` less `name value` and `name=value`."""
     kept, skip = [], False
@@ -410,6 +400,7 @@ def without(flags, name) -> list[str]:
 
 # --------------------------------------------------------------------------------------------------------- command line
 
+
 def parse_entry(given: str, extra: str) -> Entry:
     try:
         path, *flags = [given] if os.path.exists(given) else shlex.split(given) or [given]
@@ -418,61 +409,100 @@ def parse_entry(given: str, extra: str) -> Entry:
         raise BadInput(f"{given} {extra}: {error}; quote the flags as in a shell") from None
     script = Path(path) / "train_gpt.py" if os.path.isdir(path) else Path(path)
     if not script.is_file():
-        raise BadInput(f"{script}: no such file; give a script, or a record folder with a train_gpt.py")
+        raise BadInput(
+            f"{script}: no such file; give a script, or a record folder with a train_gpt.py"
+        )
     return Entry(" ".join([given, extra]).strip(), script, tuple(flags), sha256(script))
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(f"{message}; see {self.prog} --help")
-
-
-def number_in(kind, low, high=math.inf):
-    def parse(given):
-        value = kind(given)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{given} is not between {low} and {high}")
-        return value
-    parse.__name__ = kind.__name__
-    return parse
-
-
 def parse_args(argv):
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     for i in reversed(range(cut - 1)):
-        if argv[i] in ("--ref_flags", "--cand_flags"):  # argparse takes a value like --no_bf16 for its own flag
-            argv[i:i + 2], cut = [f"{argv[i]}={argv[i + 1]}"], cut - 1
-    parser = Parser(prog="race.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False, usage="race.py REF CAND [MORE ...] [options] [-- flags for all]")
+        if argv[i] in (
+            "--ref_flags",
+            "--cand_flags",
+        ):  # argparse takes a value like --no_bf16 for its own flag
+            argv[i : i + 2], cut = [f"{argv[i]}={argv[i + 1]}"], cut - 1
+    parser = Parser(
+        "race",
+        __doc__,
+        usage="python -m records race REF CAND [MORE ...] [options] [-- flags for all]",
+    )
     add = parser.add_argument
     add("scripts", nargs="+", help="scripts or record folders, the reference first")
     add("--runs", type=number_in(int, 1), default=10, metavar="N", help="rounds at most (10)")
     add("--ref_flags", default="", help="flags of the reference alone (two scripts only)")
     add("--cand_flags", default="", help="flags of the candidate alone (two scripts only)")
-    add("--first_seed", type=number_in(int, 0), default=0, metavar="N", help="seed of the first round (0)")
-    add("--warmup_runs", type=number_in(int, 0), default=1, metavar="N", help="discarded runs of 5 steps of each (1)")
-    add("--alpha", type=number_in(float, 1e-9, 0.5), default=0.01, help="level of the whole race (0.01)")
-    add("--looks", type=number_in(int, 1), default=3, metavar="N", help="how often it may stop; 1: not early (3)")
-    add("--loss_margin", type=number_in(float, 0), default=0.005, metavar="NATS",
-        help="a loss worse by this much still counts as equal (0.005)")
-    add("--timeout", type=number_in(float, 0.1), default=7200, metavar="S",
-        help="seconds after which a run has failed (7200)")
-    add("--max_hours", type=number_in(float, 0), metavar="H", help="no new round that would end later")
+    add(
+        "--first_seed",
+        type=number_in(int, 0),
+        default=0,
+        metavar="N",
+        help="seed of the first round (0)",
+    )
+    add(
+        "--warmup_runs",
+        type=number_in(int, 0),
+        default=1,
+        metavar="N",
+        help="discarded runs of 5 steps of each (1)",
+    )
+    add(
+        "--alpha",
+        type=number_in(float, 1e-9, 0.5),
+        default=0.01,
+        help="level of the whole race (0.01)",
+    )
+    add(
+        "--looks",
+        type=number_in(int, 1),
+        default=3,
+        metavar="N",
+        help="how often it may stop; 1: not early (3)",
+    )
+    add(
+        "--loss_margin",
+        type=number_in(float, 0),
+        default=0.005,
+        metavar="NATS",
+        help="a loss worse by this much still counts as equal (0.005)",
+    )
+    add(
+        "--timeout",
+        type=number_in(float, 0.1),
+        default=7200,
+        metavar="S",
+        help="seconds after which a run has failed (7200)",
+    )
+    add(
+        "--max_hours",
+        type=number_in(float, 0),
+        metavar="H",
+        help="no new round that would end later",
+    )
     add("--out", type=Path, metavar="DIR", help="new folder for the logs (logs/race_<date>)")
     add("--json", type=Path, metavar="FILE", help="the result (DIR/race.json)")
     add("--picture", type=Path, metavar="FILE", help="times and losses as .png, .svg or .pdf")
-    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1:]
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
 
     if len(args.scripts) < 2:
-        raise BadInput("a race needs two scripts; to race flags, name the script twice and use --cand_flags")
+        raise BadInput(
+            "a race needs two scripts; to race flags, name the script twice and use --cand_flags"
+        )
     if len(args.scripts) > 2 and (args.ref_flags or args.cand_flags):
-        raise BadInput("--ref_flags and --cand_flags are for two scripts; with more, quote each script with its flags")
-    extra = [args.ref_flags, args.cand_flags] if len(args.scripts) == 2 else [""] * len(args.scripts)
+        raise BadInput(
+            "--ref_flags and --cand_flags are for two scripts; with more, quote each script with its flags"
+        )
+    extra = (
+        [args.ref_flags, args.cand_flags] if len(args.scripts) == 2 else [""] * len(args.scripts)
+    )
     entries = [parse_entry(*pair) for pair in zip(args.scripts, extra)]
     for flag in [*flags, *(flag for entry in entries for flag in entry.flags)]:
         if flag.split("=")[0] in ("--seed", "--log_dir"):
-            raise BadInput(f"{flag}: the race sets seeds and log folders itself; use --first_seed and --out")
+            raise BadInput(
+                f"{flag}: the race sets seeds and log folders itself; use --first_seed and --out"
+            )
     if not re.fullmatch("[1-9][0-9]*", os.environ.get("NPROC", "1")):
         raise BadInput(f"NPROC={os.environ['NPROC']} is not a number of processes; give 1 or more")
     args.out = args.out or Path("logs") / time.strftime("race_%Y-%m-%d_%H-%M-%S")
@@ -483,29 +513,18 @@ def parse_args(argv):
             raise BadInput(f"{path}: cannot be written there; give a file in a folder that exists")
     if args.picture and args.picture.suffix not in (".png", ".svg", ".pdf"):
         raise BadInput(f"{args.picture}: unknown kind of picture; use .png, .svg or .pdf")
-    for module in ["scipy", "matplotlib"][:2 if args.picture else 1]:
+    for module in ["scipy", "matplotlib"][: 2 if args.picture else 1]:
         try:
             __import__(module)
         except ImportError:
-            raise BadInput(f"{module} is not installed; pip install -r records/requirements.txt") from None
+            raise BadInput(
+                f"{module} is not installed; pip install -r records/requirements.txt"
+            ) from None
     return entries, args, flags
 
 
-@contextlib.contextmanager
-def interruptible():
-    """SIGINT and SIGTERM raise Interrupted inside, so that a trainer being run is ended before we are."""
-    def interrupt(number, frame):
-        raise Interrupted(128 + number)
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def main(argv=None) -> int:
+@command("race")
+def main(argv) -> int:
     try:
         with interruptible():
             entries, args, flags = parse_args(argv)
@@ -518,7 +537,7 @@ def main(argv=None) -> int:
                 print("\ninterrupted: this is what there is")
                 code = stopped.args[0]
             except BadInput as error:
-                print(f"race.py: {error}", file=sys.stderr)
+                print(f"records race: {error}", file=sys.stderr)
                 code = 1
             race.save()
             race.print_report()
@@ -526,12 +545,5 @@ def main(argv=None) -> int:
                 race.draw(args.picture)
             print(f"\nlogs and race.json: {args.out}")
             return code or int(any(decision == "failed" for decision, _ in race.verdicts.values()))
-    except (BadInput, OSError) as error:
-        print(f"race.py: {error}", file=sys.stderr)
-        return 2
     except Interrupted as stopped:
         return stopped.args[0]
-
-
-if __name__ == "__main__":
-    sys.exit(main())
