@@ -512,7 +512,7 @@ time.sleep(0.05)
 line = "step:{}/40 {}_loss:{:.4f} train_time:{}ms step_avg:1.00ms".format
 lines = [line(40, "train", 1.0, 40)]
 lines += [line(s, "val", 2 - s / 100, s) for s in range(0, 50, 10)]
-lines.append(json.dumps({"val_loss": 1.6, "train_time_ms": 40, "val_tokens": 128}))
+lines.append(json.dumps({"val_loss": 1.6, "train_time_ms": 40, "config": {"val_tokens": 128}}))
 log.open("a").write("\\n".join(lines))
 """
 # A model whose "loss" is the mean of the tokens it is to predict.

@@ -274,6 +274,29 @@ def test_seeds_in_order(tmp_path, seeds, fine):
     assert group.ok if fine else said(group, "not 0, 1, 2, ... without a gap")
 
 
+def newer(text: str) -> str:
+    """A log with the header and result of trainers since the schedules: no driver, the data named
+    as in the result line, nothing twice that config holds."""
+    head, _, last = text.rstrip().rpartition("\n")
+    result = json.loads(last)
+    for key in ("val_tokens", "resumed"):
+        del result[key]
+    head = head.replace("\ndriver: none", "").replace("\ndata: {", "\ndata_sha256: {")
+    return f"{head}\n{json.dumps(result)}\n"
+
+
+def test_newer_logs(tmp_path):
+    paths = [write(tmp_path, f"{i}.txt", newer(our_log(seed=i))) for i in range(3)]
+    assert only(paths, track="laptop").ok
+    text = newer(our_log(seed=2)).replace(
+        '"laptop_val_000000.bin": "f9', '"laptop_val_000000.bin": "e9', 1
+    )
+    write(tmp_path, "2.txt", text)
+    assert said(only(paths, track="laptop"), "data hashes of header and result do not agree")
+    write(tmp_path, "2.txt", newer(our_log(seed=2)).replace("\ndata_sha256: ", "\nx: "))
+    assert said(only(paths, track="laptop"), "has no data line")
+
+
 def test_schedules_are_lists(tmp_path):
     """Tokens of the result line against a batch schedule: 20 steps of 1,024, then 20 of 3,072."""
     changes = dict(config=dict(batch_tokens=[1024, 3072]), result=dict(tokens=81920))

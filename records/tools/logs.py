@@ -46,7 +46,8 @@ LLMC = re.compile(rb"\ns:(\d{1,15}) (tel|trl):(" + NUMBER + rb")(?=[ \r\n]|\Z)")
 SEPARATOR = re.compile(rb"\n={20,}\r?(?=\n|\Z)")
 OPENING = re.compile(rb"={20,}\r?\n(?![a-z][a-z0-9_]*: )")  # not followed by a header
 HEADER = re.compile(
-    rb"\n(run_id|python|torch|cuda|driver|device|cpu|world_size|argv|source_sha256|data|config): ?"
+    rb"\n(run_id|python|torch|cuda|driver|device|cpu|world_size|argv|source_sha256|data|data_sha256"
+    rb"|config): ?"
     rb"([^\r\n]*)"
 )
 RESULT = re.compile(rb"\n(\{\"[^\r\n]*)")
@@ -296,12 +297,13 @@ class _Reader:
                 self.problem("twice", f"names {key} twice in its header")
                 continue
             run.header[key] = value.decode("utf-8", "replace")
-            if key in ("config", "data"):
+            attribute = {"config": "config", "data": "data", "data_sha256": "data"}.get(key)
+            if attribute:
                 parsed = parse_json(value)
                 if not isinstance(parsed, dict):
                     self.problem(key, f"has a {key} line that is not a JSON object")
                     parsed = None
-                setattr(run, key, parsed)
+                setattr(run, attribute, parsed)
         if "config" in run.header or "run_id" in run.header:
             run.style = "ours"
 

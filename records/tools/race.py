@@ -37,7 +37,6 @@ Exit code 0: raced; 1: a script left the race or was edited during it; 2: misuse
 
 import hashlib
 import itertools
-import json
 import math
 import os
 import re
@@ -247,11 +246,7 @@ class Race:
         pairs, args = self.pairs(i), self.args
         faster, decided_at = self.verdicts.get(i, ("undecided", None))
         reference, candidate = self.entries[i - 1], self.entries[i]
-        data = {
-            json.dumps([r.line.get("val_tokens"), r.line.get("data_sha256")], sort_keys=True)
-            for pair in pairs
-            for r in pair
-        }
+        data = {result.data for pair in pairs for result in pair}
         names = tuple(f"_{self.letter(j)}" for j in (i - 1, i))
         failures = [f for f in self.failures if any(name in f["run"] for name in names)]
         return {

@@ -14,6 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.launch import MALLOC
+
 GRACE = 15  # seconds between SIGTERM and SIGKILL
 POLL = 0.01  # seconds between two looks at the log
 STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) (train|val)_loss:")
@@ -42,6 +44,13 @@ class Result:
     def logged_ms(self) -> float:
         return float(self.line["train_time_ms"])
 
+    @property
+    def data(self) -> str:
+        """What was trained and validated on: shards by their hashes, and how much of them."""
+        config = self.line.get("config") or {}
+        tokens = self.line.get("val_tokens", config.get("val_tokens"))
+        return json.dumps([self.line.get("data_sha256"), tokens], sort_keys=True)
+
 
 @contextlib.contextmanager
 def interruptible():
@@ -60,15 +69,9 @@ def interruptible():
 
 
 def environment(threads: int = 1) -> dict[str, str]:
-    """The environment of a run: ours, with `threads` threads per process, and with a C library that
-    keeps freed tensors in its heap, because fresh pages make a step on a CPU up to ten times as
-    long. run.sh sets the same."""
-    return dict(os.environ) | {
-        "OMP_NUM_THREADS": str(threads),
-        "MALLOC_MMAP_MAX_": "0",  # everything on the heap
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),  # which is not given back
-        "MALLOC_TOP_PAD_": str(2**28),  # and grows by 256 MB at a time
-    }
+    """The environment of a run: ours, with `threads` threads per process, and with what run.sh
+    tells the C library."""
+    return os.environ | MALLOC | {"OMP_NUM_THREADS": str(threads)}
 
 
 def machine() -> str:
