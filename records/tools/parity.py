@@ -23,6 +23,7 @@ Exit code 0: no difference above the tolerance; 1: there is one; 2: bad input.
 
 import ast
 import contextlib
+import math
 import re
 import sys
 import types
@@ -246,7 +247,7 @@ class Largest:
     step: int = 0
 
     def see(self, value: float, name: str, step: int):
-        if not value <= self.value:  # so that NaN counts as largest
+        if value > self.value or math.isnan(value) and not math.isnan(self.value):
             self.value, self.name, self.step = value, name, step
 
 
@@ -309,13 +310,12 @@ class Comparison:
             lines.append(f"{kind:{width}}  {cells[0]:9.1e}  {cells[1]:9.1e}")
         return "\n".join(lines)
 
-    def largest(self) -> tuple[str, Largest]:
-        """(measure, where) of the largest difference of all."""
-        worst, where = "", Largest(-1.0)
+    def largest(self) -> Largest:
+        """Of all measures; its name begins with the measure."""
+        worst = Largest(-1.0)
         for (_, measure), found in self.kinds.items():
-            if not found.value <= where.value:
-                worst, where = measure, found
-        return worst, where
+            worst.see(found.value, f"{measure} {found.name}", found.step)
+        return worst
 
 
 @contextlib.contextmanager
@@ -347,9 +347,9 @@ def compare(log: str, given: list[str], seed: int, tolerance: float) -> int:
     emit(f"step  {'theirs':>9}  {'ours':>9}  {heads}  from here on")
     for step in range(steps):
         emit(compared.step(step))
-    measure, worst = compared.largest()
+    worst = compared.largest()
     equal = worst.value <= tolerance
-    where = f"{measure} {worst.name}, step {worst.step}"
+    where = f"{worst.name}, step {worst.step}"
     emit(f"\n{compared.table()}\n")
     emit(
         f"largest difference {worst.value:.1e} ({where}), tolerance {tolerance:.0e}: "
@@ -361,14 +361,15 @@ def compare(log: str, given: list[str], seed: int, tolerance: float) -> int:
 @command("parity")
 def main(argv: list[str]) -> int:
     listing = "\n".join(f"    {script.name}: --preset {script.preset}" for script in SCRIPTS)
-    parser = Parser("parity", __doc__.format(scripts=listing))
+    usage = "python -m records parity LOG [OPTION ...] [-- FLAGS OF train_gpt.py]"
+    parser = Parser("parity", __doc__.format(scripts=listing), usage=usage)
     parser.add_argument("log", metavar="LOG")
-    parser.add_argument("flags", nargs="*", metavar="FLAG", help="after --: changes to our preset")
     parser.add_argument("--seed", type=number_in(int, 0), default=0, help="of weights and batches")
     parser.add_argument("--fp32", action="store_true", help="float32 on both sides, not float64")
     parser.add_argument("--tolerance", type=number_in(float, 0), help="[1e-6; with --fp32 1e-4]")
-    args = parser.parse_args(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     dtype = torch.float32 if args.fp32 else torch.float64
     tolerance = TOLERANCE[dtype] if args.tolerance is None else args.tolerance
     with precision(dtype):
-        return compare(args.log, args.flags, args.seed, tolerance)
+        return compare(args.log, flags, args.seed, tolerance)
