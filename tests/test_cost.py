@@ -1,0 +1,35 @@
+"""`python -m records cost`: an estimate from tokens and operations, no measurement."""
+
+from types import SimpleNamespace
+
+import pytest
+
+import train_gpt
+from records.tools import cost
+
+
+def test_tokens_of_a_schedule():
+    assert cost.tokens_of(SimpleNamespace(batch_tokens=100, steps=7)) == 700
+    assert cost.tokens_of(SimpleNamespace(batch_tokens=(100, 200, 300), steps=7)) == 1300
+    assert cost.tokens_of(SimpleNamespace(batch_tokens=[100], steps=7)) == 700
+
+
+def test_the_public_record_is_the_yardstick(capsys):
+    """3242 steps of 524,288 tokens, 798.1M operations each: 467.6 s are 36.6 % of eight H100."""
+    preset = train_gpt.PRESETS["nov2024"]
+    assert cost.tokens_of(preset) == 1_699_741_696
+    assert cost.operations_of(preset) / 1_699_741_696 == pytest.approx(798.1e6, rel=1e-3)
+    assert cost.main(["--utilisation", "0.3664"]) == 0
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if "`nov2024`" in line)
+    assert float(line.split("|")[5]) == pytest.approx(467.6 / 60, abs=0.05)
+    assert "An estimate" in out and "reached 37%" in out
+
+
+def test_flags_and_mistakes(capsys):
+    assert cost.main(["--", "--preset", "nov2024", "--steps", "6484"]) == 0
+    assert "| 3,399.5 M |" in capsys.readouterr().out
+    assert cost.main(["--", "--no_such_flag", "1"]) == 2
+    assert cost.main(["--utilisation", "2"]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 2 and "no_such_flag" in said.err
