@@ -345,6 +345,13 @@ def test_their_own_loss_is_what_they_evaluate(log):
     assert abs(loss - theirs.backward([row])) < 1e-5
 
 
+def test_what_is_replaced_has_a_reason(capsys):
+    code, out, _ = run(capsys, "--replaced")
+    assert code == 0 and len(out.splitlines()) == len(peer.STAND_INS)
+    assert all(len(line.partition(": ")[2]) > 20 for line in out.splitlines())
+    assert run(capsys)[0] == 2
+
+
 @pytest.mark.slow
 def test_public_records(capsys):
     logs = [path for path in os.environ.get("PARITY_LOGS", "").split(os.pathsep) if path]

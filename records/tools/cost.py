@@ -1,8 +1,8 @@
 """Estimate what a run costs: python -m records cost [--utilisation 0.35] [-- FLAGS OF train_gpt.py]
 
 Tokens of the run, times operations per token (train_gpt.flops_per_token), over the cards' dense
-bf16 peak times an assumed utilisation: minutes. Nothing is measured. What the assumption rests on is
-the public record of 8 November 2024: 467.6 s for nov2024's tokens on 8 H100; its share is shown.
+bf16 peak times an assumed utilisation: minutes. Nothing is measured. The assumption rests on the
+public record of 8 November 2024: 467.6 s for nov2024's tokens on 8 H100; its share is shown.
 """
 
 import sys
@@ -70,8 +70,7 @@ def main(argv: list[str]) -> int:
         emit(row(name, config, args.utilisation))
     preset, cards, seconds = ANCHOR
     reached = operations_of(train_gpt.PRESETS[preset]) / seconds / CARDS[cards]
-    emit(
-        f"\nAn estimate: {args.utilisation:.0%} of the cards' bf16 peak is assumed. The public record"
-    )
-    emit(f"of 8 November 2024 reached {reached:.0%} ({seconds} s on {cards}).")
+    share = f"{args.utilisation:.0%} of the cards' bf16 peak is assumed"
+    emit(f"\nAn estimate: {share}. The public record of")
+    emit(f"8 November 2024 reached {reached:.0%} ({seconds} s on {cards}).")
     return 0

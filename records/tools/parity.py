@@ -2,13 +2,15 @@
 
     python -m records parity LOG [-- FLAGS OF train_gpt.py]
 
+    python -m records parity --replaced
+
 LOG is a public record's log, which begins with the script that wrote it, or that script itself, of
 github.com/KellerJordan/modded-nanogpt. Known scripts, and the preset that each is compared with:
 
 {scripts}
 
-Their model and optimizers run on the CPU, plain operations in the place of kernels (records/tools/
-peer.py says which, and why). Both sides are narrow, and their schedules are shrunk by one rule: a
+Their model and optimizers run on the CPU, plain operations in the place of kernels (--replaced
+lists them, records/tools/peer.py holds them). Both sides are narrow, and their schedules are shrunk by one rule: a
 phase of n updates has n / 100, at least 3. Their first weights are moved off 0 and 1, behind which
 errors hide, and copied into ours by name. Both get the same batches. At each step are compared:
 logits and loss before the update, every gradient, every weight after it. A difference is
@@ -34,7 +36,17 @@ import torch
 from torch import Tensor
 
 from records.tools.command import BadInput, Parser, command, emit, number_in
-from records.tools.peer import Exact, Peer, Peer2024, Row, execute, helpers, source_of
+from records.tools.peer import (
+    STAND_INS,
+    Exact,
+    Peer,
+    Peer2024,
+    Peer2026,
+    Row,
+    execute,
+    helpers,
+    source_of,
+)
 
 TRAINER = Path(__file__).resolve().parents[2] / "train_gpt.py"
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -90,6 +102,88 @@ def weights_2024(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         for old, new in NAMES_2024.items():
             name = name.replace(old, new)
         found[name] = tensor.T if name.endswith("mlp.down.weight") else tensor
+    return found
+
+
+BLOCK = 8  # tokens in a unit of the windows of 2026; 128 in the records
+LAYERS = 11
+LAMBDAS = ("smear_lambda", "backout_lambda", "skip_lambda")
+ATTENTION = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10)  # layers that attend
+TABLES = {62: {0: 1, 1: 2, 8: 0, 9: 1, 10: 2}, 80: {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}}  # of values
+
+
+def build_2026(source: str, sizes: dict) -> Peer2026:
+    def settle(args):
+        args.num_scheduled_iterations = shrink(args.num_scheduled_iterations)
+        args.num_extension_iterations = shrink(args.num_extension_iterations)
+        args.num_iterations = args.num_scheduled_iterations + args.num_extension_iterations
+        args.block_size = BLOCK
+        args.bigram_vocab_size = args.bigram_vocab_size * VOCABULARY // 50304
+        args.bigram_dim, args.bigram_sign_table_rows = sizes["model_dim"], 64
+
+    space = execute(source, sizes, settle)
+    momentum = space["get_muon_momentum"]
+    warmup, cooldown, *values = momentum.__defaults__
+    momentum.__defaults__ = (shrink(warmup), shrink(cooldown), *values)
+    return Peer2026(space, BLOCK)
+
+
+def shared_2026(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is the same in all scripts of 2026."""
+    found = {
+        "wte.weight": theirs["embed.weight"],
+        "lm_head.weight": theirs["lm_head.weight"].T,
+        "bigram.weight": theirs["bigram_embed.weight"],
+        "smear_gate.weight": theirs["smear_gate.weight"],
+    }
+    for i in range(LAYERS):
+        found[f"blocks.{i}.mlp.up.weight"] = theirs["mlp_bank"][i, 0]
+        found[f"blocks.{i}.mlp.down.weight"] = theirs["mlp_bank"][i, 1]
+    return found
+
+
+def weights_62(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    scalars, n, found = theirs["scalars"], LAYERS, shared_2026(theirs)
+    found["skip_gate.weight"] = theirs["skip_gate.weight"]
+    for name, scalar in zip(LAMBDAS, scalars[4 * n :], strict=False):
+        found[name] = scalar
+    for bank, i in enumerate(ATTENTION):
+        matrices = theirs["attn_bank"][bank].chunk(4)
+        for name, matrix in zip("qkvo", matrices, strict=True):
+            found[f"blocks.{i}.attn.{name}.weight"] = matrix
+        found[f"blocks.{i}.attn.gate.weight"] = theirs["attn_gate_bank"][bank]
+        found[f"blocks.{i}.attn.lambdas"] = scalars[n + 2 * i : n + 2 * i + 2]
+    for i in range(n):
+        factors = [scalars[i], theirs["x0_lambdas"][i], scalars[3 * n + i]]
+        found[f"blocks.{i}.lambdas"] = torch.stack(factors)
+    for bank, (i, table) in enumerate(TABLES[62].items()):
+        found[f"blocks.{i}.attn.value_gate.weight"] = theirs["ve_gate_bank"][bank]
+        found[f"value_embeds.{table}.weight"] = theirs[f"value_embeds.{table}.weight"]
+    return found
+
+
+def weights_80(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    scalars, n, found = theirs["scalars"], LAYERS, shared_2026(theirs)
+    found["skip_gate.weight"] = theirs["skip_gate.weight"]
+    for name, scalar in zip(LAMBDAS, scalars[2 * n :], strict=False):
+        found[name] = scalar
+    width = theirs["vo_bank"].size(-1)
+    queries_keys = theirs["qk_bank"][: 6 * len(ATTENTION)].reshape(-1, 2, width, width)
+    for bank, i in enumerate(ATTENTION):
+        matrices = (*queries_keys[bank], *theirs["vo_bank"][2 * bank : 2 * bank + 2])
+        for name, matrix in zip("qkvo", matrices, strict=True):
+            found[f"blocks.{i}.attn.{name}.weight"] = matrix
+        found[f"blocks.{i}.attn.gate.weight"] = theirs["attn_gate_bank"][bank]
+        found[f"blocks.{i}.attn.lambdas"] = scalars[2 * i : 2 * i + 2]
+    for i in range(n):
+        found[f"blocks.{i}.resid_lambdas"] = theirs["resid_lambdas"][i]
+        found[f"blocks.{i}.post_lambdas"] = theirs["post_lambdas"][i]
+        factors = [theirs["x0_lambdas"][i], theirs["bigram_lambdas"][i]]
+        found[f"blocks.{i}.lambdas"] = torch.stack(factors)
+    tables = theirs["value_embeds"].chunk(5)
+    for bank, (i, table) in enumerate(TABLES[80].items()):
+        found[f"blocks.{i}.attn.value_gate.weight"] = theirs["ve_gate_bank"][bank]
+        found[f"value_embeds.{table}.weight"] = tables[table]
     return found
 
 
@@ -363,12 +457,20 @@ def main(argv: list[str]) -> int:
     listing = "\n".join(f"    {script.name}: --preset {script.preset}" for script in SCRIPTS)
     usage = "python -m records parity LOG [OPTION ...] [-- FLAGS OF train_gpt.py]"
     parser = Parser("parity", __doc__.format(scripts=listing), usage=usage)
-    parser.add_argument("log", metavar="LOG")
+    parser.add_argument("log", metavar="LOG", nargs="?")
+    parser.add_argument(
+        "--replaced", action="store_true", help="what of theirs is replaced, and why"
+    )
     parser.add_argument("--seed", type=number_in(int, 0), default=0, help="of weights and batches")
     parser.add_argument("--fp32", action="store_true", help="float32 on both sides, not float64")
     parser.add_argument("--tolerance", type=number_in(float, 0), help="[1e-6; with --fp32 1e-4]")
     cut = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    if args.replaced:
+        emit("\n".join(f"{stand_in.name}: {stand_in.why}" for stand_in in STAND_INS))
+        return 0
+    if not args.log:
+        parser.error("no LOG given")
     dtype = torch.float32 if args.fp32 else torch.float64
     tolerance = TOLERANCE[dtype] if args.tolerance is None else args.tolerance
     with precision(dtype):

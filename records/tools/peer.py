@@ -449,21 +449,27 @@ class Peer2024(Peer):
         self.model.zero_grad(set_to_none=True)
 
 
+def made_up_prefixes(vocabulary: int) -> Tensor:
+    """int64 [vocabulary]: for each token one that counts as its prefix, or -1: as for GPT-2's."""
+    tokens = torch.arange(vocabulary)
+    return torch.where(tokens % 3 == 0, -1, tokens // 2)
+
+
 class Peer2026(Peer):
     """A script of 2026: rows of packed documents, a manager that owns schedules and optimizers."""
 
     model_name = "model"
 
-    def __init__(self, space: dict, block: int, momentum: tuple[int, int]):
-        """block: tokens in a unit of windows. momentum: updates of Muon's warm-up and cool-down."""
+    def __init__(self, space: dict, block: int):
+        """block: tokens in a unit of windows."""
         super().__init__(space)
         self.manager = space["training_manager"]
         if hasattr(self.manager, "block_size"):
             self.manager.block_size = block
         self.block, self.scheduled = block, space["args"].num_scheduled_iterations
-        defaults = space["get_muon_momentum"].__defaults__
-        space["get_muon_momentum"].__defaults__ = (*momentum, *defaults[2:])
         self.manager.reset(self.manager.get_state())  # as the script does after its warm-up
+        if hasattr(self.model, "prefix_table"):  # the script fills it when its clock has started
+            self.model.prefix_table.copy_(made_up_prefixes(len(self.model.prefix_table)))
 
     @property
     def tied(self) -> bool:
