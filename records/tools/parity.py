@@ -10,10 +10,10 @@ github.com/KellerJordan/modded-nanogpt. Known scripts, and the preset that each 
 {scripts}
 
 Their model and optimizers run on the CPU, plain operations in the place of kernels (--replaced
-lists them, records/tools/peer.py holds them). Both sides are narrow, and their schedules are shrunk by one rule: a
-phase of n updates has n / 100, at least 3. Their first weights are moved off 0 and 1, behind which
-errors hide, and copied into ours by name. Both get the same batches. At each step are compared:
-logits and loss before the update, every gradient, every weight after it. A difference is
+lists them, records/tools/peer.py holds them). Both sides are narrow, and their schedules are shrunk
+by one rule: a phase of n updates has n / 100, at least 3. Their first weights are moved off 0 and 1,
+behind which errors hide, and copied into ours by name. Both get the same batches. At each step are
+compared: logits and loss before the update, every gradient, every weight after it. A difference is
 |ours - theirs| / |theirs| over a tensor.
 
 Both sides compute in float64. In float32 a public script of 2026 departs from itself by 1e-3 in 15
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from records.tools.command import BadInput, Parser, command, emit, number_in
 from records.tools.peer import (
+    RULES,
     STAND_INS,
     Exact,
     Peer,
@@ -467,7 +468,8 @@ def main(argv: list[str]) -> int:
     cut = argv.index("--") if "--" in argv else len(argv)
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     if args.replaced:
-        emit("\n".join(f"{stand_in.name}: {stand_in.why}" for stand_in in STAND_INS))
+        replaced = RULES | {stand_in.name: stand_in.why for stand_in in STAND_INS}
+        emit("\n".join(f"{name}: {why}" for name, why in replaced.items()))
         return 0
     if not args.log:
         parser.error("no LOG given")

@@ -154,14 +154,14 @@ STAND_INS = (
     StandIn(
         "FusedSoftcappedCrossEntropy",
         SimpleNamespace(apply=softcapped_loss),
-        "a Triton kernel, in FP8 in later scripts: soft cap and cross-entropies in fp32",
+        "a Triton kernel, in FP8 in later scripts: soft cap and cross-entropies",
     ),
     StandIn("transpose_add", lambda x, out: out.add_(x.T), "a Triton kernel: a transposed sum"),
     StandIn("transpose_copy", lambda x, out: out.copy_(x.T), "a Triton kernel: a transposed copy"),
     StandIn(
         "_cautious_wd_and_update_inplace",
         staticmethod(cautious_update),
-        "bf16 weights with 16 hidden bits are fp32 numbers: the same rule on fp32",
+        "bf16 weights with 16 hidden bits are fp32 numbers: the same rule on whole ones",
     ),
     StandIn("dist", ONE_PROCESS, "one process: a sum or mean over processes is its input"),
     StandIn(
@@ -190,6 +190,18 @@ def helpers() -> dict:
 
 
 # ---------------------------------------------------------------------------------------- rewriting
+RULES = {  # what Exact and Rewrite do to a script, and why
+    "bfloat16, float32": "one precision, the comparison's: rounding is not compared",
+    "F.rms_norm without eps": "the epsilon that it has in fp32 and in bf16 is written out",
+    "cuda, pinned memory": "cpu",
+    "torch.compile, Triton kernels": "left out: plain PyTorch computes the same",
+    "x[:, 1:] = x[:, :-1]": "the right side is copied first, as when compiled; in place is an error",
+    "os.environ": "one process, FP8 switched off; the 8 GPUs' rows come in turn, as scripts allow",
+    "sizes, lengths of phases": "small",
+    "training loop, data loader, warm-up": "not executed: Peer takes one step at a time",
+}
+
+
 def dotted(node) -> str:
     """ "a.b.c" for the expression a.b.c or its call a.b.c(...); "" for anything else."""
     if isinstance(node, ast.Call):
