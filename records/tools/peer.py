@@ -195,7 +195,7 @@ RULES = {  # what Exact and Rewrite do to a script, and why
     "F.rms_norm without eps": "the epsilon that it has in fp32 and in bf16 is written out",
     "cuda, pinned memory": "cpu",
     "torch.compile, Triton kernels": "left out: plain PyTorch computes the same",
-    "x[:, 1:] = x[:, :-1]": "the right side is copied first, as when compiled; in place is an error",
+    "x[:, 1:] = x[:, :-1]": "the right side is read first, as when compiled",
     "os.environ": "one process, FP8 switched off; the 8 GPUs' rows come in turn, as scripts allow",
     "sizes, lengths of phases": "small",
     "training loop, data loader, warm-up": "not executed: Peer takes one step at a time",
