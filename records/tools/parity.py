@@ -11,10 +11,10 @@ github.com/KellerJordan/modded-nanogpt. Known scripts, and the preset that each 
 
 Their model and optimizers run on the CPU, plain operations in the place of kernels (--replaced
 lists them, records/tools/peer.py holds them). Both sides are narrow, and their schedules are shrunk
-by one rule: a phase of n updates has n / 100, at least 3. Their first weights are moved off 0 and 1,
-behind which errors hide, and copied into ours by name. Both get the same batches. At each step are
-compared: logits and loss before the update, every gradient, every weight after it. A difference is
-|ours - theirs| / |theirs| over a tensor.
+by one rule: a phase of n updates has n / 100, at least 3. Their first weights are moved off 0 and
+1, behind which errors hide, and copied into ours by name. Both get the same batches. At each step
+are compared: logits and loss before the update, every gradient, every weight after it. A difference
+is |ours - theirs| / |theirs| over a tensor.
 
 Both sides compute in float64. In float32 a public script of 2026 departs from itself by 1e-3 in 15
 updates when one weight in three changes by 1e-7: its Adam turns rounding into whole steps. Numbers
@@ -25,11 +25,11 @@ Exit code 0: no difference above the tolerance; 1: there is one; 2: bad input.
 
 import ast
 import contextlib
+import dataclasses
 import math
 import re
 import sys
 import types
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -61,7 +61,7 @@ def shrink(updates: int) -> int:
 
 
 # ---------------------------------------------------------------------------------- scripts we know
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Script:
     """A public script that this tool knows, and what of ours it is compared with."""
 
@@ -70,8 +70,7 @@ class Script:
     marks: tuple[str, ...]  # texts that, together, only this script has
     theirs: dict  # sizes of their model
     ours: dict  # flags of ours that give the same sizes
-    shrunk: tuple[str, ...]  # our flags that count updates
-    rows: tuple[int, ...]  # of a batch, one number for each equal stage of the run
+    rows: int  # of the first batch; later ones grow as the preset's batch_tokens do
     row_length: int
     build: object  # (source, sizes) -> Peer
     weights: object  # {their name: tensor} -> {our name: tensor}
@@ -196,8 +195,7 @@ SCRIPTS = (
         marks=("zeropower_via_newtonschulz5", "self.lamb = ", "self.lambdas = ", "logits = 30 *"),
         theirs=SMALL_2024,
         ours=SMALL_2024,
-        shrunk=("steps", "momentum_warmup"),
-        rows=(8,),
+        rows=8,
         row_length=64,
         build=build_2024,
         weights=weights_2024,
@@ -247,29 +245,15 @@ class Ours:
     def __init__(self, script: Script, given: list[str]):
         """given: the user's flags, which change the preset before it is shrunk."""
         self.trainer = trainer = load_trainer()
+        runtime = trainer.Runtime(torch.device("cpu"))
         try:
             asked = trainer.parse_config(["--preset", script.preset, *given], script.preset)
-            sizes = dict(
-                script.ours,
-                preset=script.preset,
-                device="cpu",
-                seq_len=script.row_length,
-                batch_tokens=script.rows[0] * script.row_length,
-                val_tokens=script.row_length,
-            )
-            sizes |= {name: shrink(getattr(asked, name)) for name in script.shrunk}
-            argv = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-            taken = {f"--{name}" for name in sizes}
-            argv += without(given, taken)
-            config = trainer.parse_config(argv, script.preset)
-            runtime = trainer.Runtime(torch.device("cpu"))
-            self.config = trainer.resolve(config, runtime.device)
+            shrunk = dataclasses.replace(asked, **shrunk_fields(script, asked))
+            self.config = trainer.resolve(shrunk, runtime.device)
+            self.run = trainer.build(self.config, runtime)
+            self.run.optimizers = trainer.make_optimizers(self.run)
         except trainer.UserError as error:
             raise BadInput(str(error)) from None
-        self.run = trainer.build(self.config, runtime)
-        self.run.optimizers = trainer.make_optimizers(
-            self.run.model, self.config, runtime, self.run.methods
-        )
 
     def tensors(self, kind: str = "data") -> dict[str, Tensor]:
         """{name: weight}, or with kind="grad" {name: gradient}."""
@@ -290,8 +274,13 @@ class Ours:
             tensor.copy_(weights[name])
 
     def begin(self, step: int):
-        for optimizer in self.run.optimizers:
-            optimizer.scale = self.trainer.lr_at(step, self.config)
+        self.run.step = step
+        self.trainer.set_stage(self.run)
+
+    def rows(self, step: int) -> int:
+        """Of the batch at a step."""
+        c = self.config
+        return self.trainer.at_step(c.batch_tokens, step, c.steps) // c.seq_len
 
     @torch.no_grad()
     def logits(self, row: Row) -> Tensor:
@@ -301,22 +290,26 @@ class Ours:
         """Add the gradients of a batch; its training loss per token."""
         inputs = torch.stack([row.inputs for row in rows])
         targets = torch.stack([row.targets for row in rows])
-        loss = self.trainer.forward_backward(self.run.model, inputs, targets, len(rows), 1)
-        return float(loss)
+        self.run.micro = {len(rows): 1}  # row after row
+        return float(self.trainer.forward_backward(self.run, inputs, targets))
 
     def update(self, step: int):
         self.trainer.update(self.run)
 
 
-def without(argv: list[str], flags: set[str]) -> list[str]:
-    """argv without these flags and their values."""
-    kept, dropping = [], False
-    for word in argv:
-        if word.startswith("--"):
-            dropping = word.partition("=")[0] in flags
-        if not dropping:
-            kept.append(word)
-    return kept
+def shrunk_fields(script: Script, c) -> dict:
+    """The fields that make our config as small as theirs."""
+    first = script.rows * script.row_length
+    batches = tuple(first * tokens // c.batch_tokens[0] for tokens in c.batch_tokens)
+    return dict(
+        script.ours,
+        steps=shrink(c.steps),
+        momentum_warmup=shrink(c.momentum_warmup),
+        batch_tokens=batches,
+        seq_len=script.row_length,
+        val_tokens=script.row_length,
+        device="cpu",
+    )
 
 
 # ------------------------------------------------------------------------------------------ compare
@@ -333,7 +326,7 @@ def kind_of(name: str) -> str:
     return re.sub(r"\.\d+\.", ".", name)
 
 
-@dataclass
+@dataclasses.dataclass
 class Largest:
     """The largest difference seen, and where."""
 
@@ -364,8 +357,7 @@ class Comparison:
         return worst.value
 
     def rows_at(self, step: int) -> list[Row]:
-        stage = step * len(self.script.rows) // self.ours.config.steps
-        return make_rows(self.seed, step, self.script.rows[stage], self.script.row_length)
+        return make_rows(self.seed, step, self.ours.rows(step), self.script.row_length)
 
     def changes(self, step: int, rows: list[Row]) -> str:
         """What is in force from this step on, where that is new."""
