@@ -1,6 +1,6 @@
 """`python -m records cost`: an estimate from tokens and operations, no measurement."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import pytest
 
@@ -9,9 +9,10 @@ from records.tools import cost
 
 
 def test_tokens_of_a_schedule():
-    assert cost.tokens_of(SimpleNamespace(batch_tokens=100, steps=7)) == 700
-    assert cost.tokens_of(SimpleNamespace(batch_tokens=(100, 200, 300), steps=7)) == 1300
-    assert cost.tokens_of(SimpleNamespace(batch_tokens=[100], steps=7)) == 700
+    """Three equal stages of 7 updates have 3, 2 and 2."""
+    nov2024 = train_gpt.PRESETS["nov2024"]
+    config = dataclasses.replace(nov2024, steps=7, batch_tokens=(1024, 2048, 3072))
+    assert cost.tokens_of(config) == 3 * 1024 + 2 * 2048 + 2 * 3072
 
 
 def test_the_public_record_is_the_yardstick(capsys):

@@ -8,6 +8,8 @@ public record of 8 November 2024: 467.6 s for nov2024's tokens on 8 H100; its sh
 import sys
 from pathlib import Path
 
+import torch
+
 from records.tools.command import BadInput, Parser, command, emit, number_in
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -23,27 +25,28 @@ ANCHOR = "nov2024", "8×H100", 467.6  # seconds
 PRESETS = ("nov2024", "gpt2_small", "gpt2_medium", "gpt2_xl")
 
 
-def tokens_of(config) -> int:
-    """Tokens of a run: batch_tokens is one number, or one for each equal stage of the steps."""
-    values = config.batch_tokens
-    if not isinstance(values, (list, tuple)):
-        return config.steps * values
-    stages = [step * len(values) // config.steps for step in range(config.steps)]
-    return sum(values[stage] for stage in stages)
+def tokens_of(c) -> int:
+    """Tokens of a run."""
+    return sum(train_gpt.at_step(c.batch_tokens, step, c.steps) for step in range(c.steps))
 
 
-def operations_of(config) -> float:
-    return tokens_of(config) * train_gpt.flops_per_token(config)
+def operations_per_token(c) -> float:
+    with torch.device("meta"):  # shapes without memory
+        return train_gpt.flops_per_token(train_gpt.GPT(c))
 
 
-def row(name: str, config, utilisation: float) -> str:
-    """A line of the table: tokens, operations per token, all of them, minutes on each card."""
-    operations = operations_of(config)
+def operations_of(c) -> float:
+    return tokens_of(c) * operations_per_token(c)
+
+
+def row(name: str, c, utilisation: float) -> str:
+    """A line of the table: tokens, operations per token, all of them, minutes on each machine."""
+    operations = operations_of(c)
     minutes = [operations / (peak * utilisation) / 60 for peak in CARDS.values()]
     cells = [
         f"`{name}`",
-        f"{tokens_of(config) / 1e6:,.1f} M",
-        f"{train_gpt.flops_per_token(config) / 1e6:,.0f} M",
+        f"{tokens_of(c) / 1e6:,.1f} M",
+        f"{operations_per_token(c) / 1e6:,.0f} M",
         f"{operations / 1e18:.2f} E",
         *(f"{value:,.0f}" if value >= 20 else f"{value:.1f}" for value in minutes),
     ]
