@@ -133,6 +133,7 @@ STAND_IN = parity.Script(
     name="a script of the tests",
     preset="nov2024",
     marks=("class GPT(", "some_kernel"),
+    lacks=("something of later scripts",),
     theirs=dict(vocab_size=parity.VOCABULARY, width=WIDTH),
     ours=dict(vocab_size=parity.VOCABULARY, n_layer=1, n_head=2, n_embd=WIDTH),
     rows=2,

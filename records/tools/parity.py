@@ -67,7 +67,8 @@ class Script:
 
     name: str
     preset: str
-    marks: tuple[str, ...]  # texts that, together, only this script has
+    marks: tuple[str, ...]  # texts that this script has
+    lacks: tuple[str, ...]  # and texts that later ones have, but not this one
     theirs: dict  # sizes of their model
     ours: dict  # flags of ours that give the same sizes
     rows: int  # of the first batch; later ones grow as the preset's batch_tokens do
@@ -188,11 +189,14 @@ def weights_80(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 SMALL_2024 = dict(vocab_size=VOCABULARY, n_layer=4, n_head=2, n_embd=64)
+SMALL_2026 = dict(model_dim=192, num_heads=6, head_dim=32, vocab_size=VOCABULARY, max_seq_len=1024)
+OURS_2026 = dict(vocab_size=VOCABULARY, n_layer=LAYERS, n_head=6, n_embd=192)
 SCRIPTS = (
     Script(
         name="record 10, 8 November 2024",
         preset="nov2024",
-        marks=("zeropower_via_newtonschulz5", "self.lamb = ", "self.lambdas = ", "logits = 30 *"),
+        marks=("self.lamb = ", "self.lambdas = ", "logits = 30 *", "model.cuda().bfloat16()"),
+        lacks=("skip_weights",),
         theirs=SMALL_2024,
         ours=SMALL_2024,
         rows=8,
@@ -200,13 +204,38 @@ SCRIPTS = (
         build=build_2024,
         weights=weights_2024,
     ),
+    Script(
+        name="record 62, 19 January 2026",
+        preset="gpt2_small",
+        marks=("self.attn_bank = ", "def get_bigram_hash", "model_dim) for _ in range(3)"),
+        lacks=("self.qk_bank = ",),
+        theirs=SMALL_2026,
+        ours=OURS_2026,
+        rows=2,
+        row_length=128,
+        build=build_2026,
+        weights=weights_62,
+    ),
+    Script(
+        name="record 80, 8 April 2026",
+        preset="gpt2_small",
+        marks=("self.qk_bank = ", "self.bigram_lambdas = "),
+        lacks=("mudd",),
+        theirs=SMALL_2026,
+        ours=OURS_2026,
+        rows=2,
+        row_length=128,
+        build=build_2026,
+        weights=weights_80,
+    ),
 )
 
 
 def recognise(source: str, log: str) -> Script:
     """The entry of SCRIPTS for this source. Errors: BadInput where there is none."""
     for script in SCRIPTS:
-        if all(mark in source for mark in script.marks):
+        marked = all(mark in source for mark in script.marks)
+        if marked and not any(mark in source for mark in script.lacks):
             return script
     known = "; ".join(script.name for script in SCRIPTS)
     raise BadInput(f"{log}: not a script that parity knows; give a log of one of these: {known}")
@@ -264,12 +293,16 @@ class Ours:
     def copy(self, weights: dict[str, Tensor]):
         """Take these weights. Errors: BadInput where names or shapes of the two sides differ."""
         mine = self.tensors()
-        odd = mine.keys() ^ weights.keys()
         shared = mine.keys() & weights.keys()
-        odd |= {name for name in shared if mine[name].shape != weights[name].shape}
-        if odd:
-            names = ", ".join(sorted(odd))
-            raise BadInput(f"the two models are not alike: they differ in {names}; drop flags")
+        odd = {
+            "only ours": mine.keys() - shared,
+            "only theirs": weights.keys() - shared,
+            "of another shape": {n for n in shared if mine[n].shape != weights[n].shape},
+        }
+        if any(odd.values()):
+            kinds = {what: ", ".join(sorted(set(map(kind_of, odd[what])))) for what in odd}
+            said = "; ".join(f"{what}: {names}" for what, names in kinds.items() if names)
+            raise BadInput(f"the two models are not alike, drop flags ({said})")
         for name, tensor in mine.items():
             tensor.copy_(weights[name])
 
@@ -306,6 +339,7 @@ def shrunk_fields(script: Script, c) -> dict:
         steps=shrink(c.steps),
         momentum_warmup=shrink(c.momentum_warmup),
         batch_tokens=batches,
+        window=tuple(window * BLOCK // 128 for window in c.window),
         seq_len=script.row_length,
         val_tokens=script.row_length,
         device="cpu",
