@@ -220,7 +220,7 @@ SCRIPTS = (
         name="record 80, 8 April 2026",
         preset="gpt2_small",
         marks=("self.qk_bank = ", "self.bigram_lambdas = "),
-        lacks=("mudd",),
+        lacks=("mudd", "xsa", "bigram_sign_table", "quantize"),
         theirs=SMALL_2026,
         ours=OURS_2026,
         rows=2,
