@@ -297,7 +297,7 @@ def draw_public(axis):
     axis.plot(range(len(minutes)), minutes, "o", color="#888888", markersize=4)
     axis.plot([start], [7.8], "o", color=plot.COLOURS[1], markersize=8)
     text = dict(textcoords="offset points", fontsize=9)
-    for i, offset in ((0, (6, 2)), (start, (8, 6)), (last, (-52, -4))):
+    for i, offset in ((0, (6, 2)), (start, (8, 6)), (last, (-34, 9))):
         axis.annotate(f"{minutes[i]:g} min", (i, minutes[i]), xytext=offset, **text)
     here = "this repository starts here"
     axis.annotate(here, (start, 7.8), xytext=(8, 20), color=plot.COLOURS[1], **text)
