@@ -1,34 +1,36 @@
-"""Ours and the peers' trainers on one GPU, on the same tokens, one after the other: speed, memory, and loss over time.
+"""Ours and the peers' trainers on one GPU, on the same tokens, one after the other: speed, memory,
+and loss over time.
 
     git clone https://github.com/KellerJordan/modded-nanogpt
     git clone https://github.com/karpathy/nanoGPT
     python records/one_gpu/side_by_side.py --modded modded-nanogpt --nanogpt nanoGPT \\
-        --train_files 'data/fineweb10B/fineweb_train_*.bin' --val_files 'data/fineweb10B/fineweb_val_*.bin' \\
-        --out side_by_side
+        --train_files 'data/fineweb10B/fineweb_train_*.bin' --val_files
+        'data/fineweb10B/fineweb_val_*.bin' \\ --out side_by_side
 
-Contenders (--only picks some; what --out already holds is kept, so a comparison may be made in several calls):
+Contenders (--only picks some; what --out already holds is kept, so a comparison may be made in
+several calls):
     ours        train_gpt.py, once per --ours 'flags' (--preset nov2024, --preset gpt2_small)
     record      modded-nanogpt's record script of 2024-11-08, out of its log
     simple      modded-nanogpt's records/track_3_optimization/train_gpt_simple.py
-    newest      modded-nanogpt's record script of 2025-08-23, out of its log: the last one before the public records
-                took to a prebuilt FlashAttention 3 that is downloaded at every start
+    newest      modded-nanogpt's record script of 2025-08-23, out of its log: the last before the
+                public records took to a prebuilt FlashAttention 3, downloaded at every start
     nanogpt     nanoGPT's train.py
 
-A peer's code is read from its checkout at run time, written to a temporary folder, and run there after the text
-substitutions that SUBSTITUTIONS below lists and the report repeats: they set batch, steps, validation and schedule
-lengths, no more. Every schedule length shrinks as the steps do. Each run is a process of its own, started through a
-few lines that record a CUDA event after each update, and the peak memory at the end.
+A peer's code is read from its checkout at run time, written to a temporary folder, and run there
+after the text substitutions that SUBSTITUTIONS below lists and the report repeats: they set batch,
+steps, validation and schedule lengths, no more. Every schedule length shrinks as the steps do. Each
+run is a process of its own, started through a few lines that record a CUDA event after each update,
+and the peak memory at the end.
 
-A step's time is that between two updates' events; where a validation or the first ten updates (compilation) lie
-between them, the median of the steps around stands in. The time to a loss is the sum of these, interpolated linearly
-between two validations. MFU counts the operations of GPT-2 Small at rows of 1,024, the same for everyone, over the
-rate that a large bf16 matrix product reaches on this card. The target is what `record` ends at.
+A step's time is that between two updates' events; where a validation or the first ten updates
+(compilation) lie between them, the median of the steps around stands in. The time to a loss is the
+sum of these, interpolated linearly between two validations. MFU counts the operations of GPT-2
+Small at rows of 1,024, the same for everyone, over the rate that a large bf16 matrix product
+reaches on this card. The target is what `record` ends at.
 
-Writes side_by_side.json, .md, .png and one .txt per run into --out. Exit code 0: all ran; 1: a run failed, which the
-report says in one line; 2: misuse; 130: interrupted.
-"""
+Writes side_by_side.json, .md, .png and one .txt per run into --out. Exit code 0: all ran; 1: a run
+failed, which the report says in one line; 2: misuse; 130: interrupted. """
 
-import argparse
 import dataclasses
 import glob
 import importlib.util
@@ -47,8 +49,8 @@ ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
 from data import shards  # noqa: E402
-from records import race  # noqa: E402
-from records.race import BadInput, Failed, number_in  # noqa: E402
+from records.tools.command import BadInput, Parser, number_in, write_json  # noqa: E402
+from records.tools.runs import Failed, Interrupted, call, interruptible  # noqa: E402
 
 ROW = 1024
 NEWEST_MICRO = 48 * 1024  # tokens of its one long row
@@ -61,7 +63,10 @@ OWN_TIME = re.compile(r"train_time:([\d.]+)(m?s)")
 SUBSTITUTIONS = {
     "record": lambda p: [
         ("batch_size : int = 8*64 ", f"batch_size : int = {p.batch_tokens // ROW} "),
-        ("device_batch_size : int = 64 ", f"device_batch_size : int = {min(64, p.batch_tokens // ROW)} "),
+        (
+            "device_batch_size : int = 64 ",
+            f"device_batch_size : int = {min(64, p.batch_tokens // ROW)} ",
+        ),
         ("num_iterations : int = 3242 ", f"num_iterations : int = {p.steps} "),
         ("warmdown_iters : int = 926 ", f"warmdown_iters : int = {p.scaled(926, 3242)} "),
         ("val_loss_every : int = 125 ", f"val_loss_every : int = {p.val_every} "),
@@ -77,24 +82,34 @@ SUBSTITUTIONS = {
         ("batch_size = 8 * 64 * 1024", f"batch_size = {p.batch_tokens}"),
         ("mbs = 64", f"mbs = {min(64, p.batch_tokens // ROW)}"),
         ("train_steps = 3250", f"train_steps = {p.steps}"),
-        ("val_step_freq = 125 if step / train_steps < 0.9 else 25", f"val_step_freq = {p.val_every}"),
+        (
+            "val_step_freq = 125 if step / train_steps < 0.9 else 25",
+            f"val_step_freq = {p.val_every}",
+        ),
     ],
     "newest": lambda p: [
         ("grad_accum_steps = 8 // world_size", f"grad_accum_steps = {p.newest_micros}"),
         ("num_iterations = 1695 ", f"num_iterations = {p.newest_steps} "),
         ("val_loss_every = 125 ", f"val_loss_every = {p.newest_val_every} "),
         ("val_tokens = 10485760 ", f"val_tokens = {p.val_tokens} "),
-        ("frac = min(step / 300, 1)", f"frac = min(step / {max(1, round(300 * p.newest_steps / 1695))}, 1)"),
+        (
+            "frac = min(step / 300, 1)",
+            f"frac = min(step / {max(1, round(300 * p.newest_steps / 1695))}, 1)",
+        ),
         # else it drops tokens up to the next document, and stops at a document longer than its row
         ("align_to_bos=True", "align_to_bos=False"),
     ],
     "nanogpt": lambda p: [
-        ("best_val_loss = 1e9", "best_val_loss = -1e9  # no checkpoint: it takes disk, and no training time")
+        (
+            "best_val_loss = 1e9",
+            "best_val_loss = -1e9  # no checkpoint: it takes disk, and no training time",
+        )
     ],
 }
 REPEATED = {"align_to_bos=True"}  # may stand there more than once
 
-# Runs a script as if by itself; after each update of the first optimizer (ours: after update()) an event is recorded.
+# Runs a script as if by itself; after each update of the first optimizer (ours: after update()) an
+# event is recorded.
 LAUNCH = """
 import atexit, json, os, runpy, sys
 import torch
@@ -117,8 +132,8 @@ def report():
     with open(os.environ["SIDE_BY_SIDE_STATS"], "w") as file:
         json.dump(dict(peak_memory_bytes=torch.cuda.max_memory_allocated(),
                        reserved_bytes=torch.cuda.max_memory_reserved(),
-                       intervals_ms=[a.elapsed_time(b) for a, b in zip(events, events[1:])], torch=torch.__version__,
-                       device=torch.cuda.get_device_name()), file)
+                       intervals_ms=[a.elapsed_time(b) for a, b in zip(events, events[1:])],
+                       torch=torch.__version__, device=torch.cuda.get_device_name()), file)
 
 if os.environ.get("SIDE_BY_SIDE_OURS"):
     import train_gpt
@@ -152,19 +167,25 @@ class Plan:
     newest_micros = property(lambda self: max(1, round(self.batch_tokens / NEWEST_MICRO)))
     newest_batch = property(lambda self: self.newest_micros * NEWEST_MICRO)
     newest_steps = property(lambda self: self.steps * self.batch_tokens // self.newest_batch)
-    newest_val_every = property(lambda self: max(1, self.val_every * self.batch_tokens // self.newest_batch))
+    newest_val_every = property(
+        lambda self: max(1, self.val_every * self.batch_tokens // self.newest_batch)
+    )
 
 
-# --------------------------------------------------------------------------------------------------- the peers' scripts
+# ------------------------------------------------------------------------------ the peers' scripts
 
 
 def substitute(name: str, source: str, plan: Plan) -> tuple[str, list]:
-    """(adapted source, what was changed). Raises Failed where a text to change is not there as expected."""
+    """(adapted source, what was changed). Raises Failed where a text to change is not there as
+    expected."""
     changes = SUBSTITUTIONS[name](plan)
     for old, new in changes:
         count = source.count(old)
         if not count or count > 1 and old not in REPEATED:
-            raise Failed(f"its source holds {old!r} {count} times, not once: another version of the checkout?")
+            raise Failed(
+                f"its source holds {old!r} {count} times, not once: another version of the "
+                f"checkout?"
+            )
         source = source.replace(old, new)
     return source, changes
 
@@ -200,10 +221,15 @@ def bare_tokens(work: Path, train: list[str], val: list[str]):
 
 
 def prepare(name: str, args, plan: Plan, work: Path) -> tuple[list[str], list, dict]:
-    """(script and flags, substitutions, more environment) of a contender, ready to run in the folder `work`."""
+    """(script and flags, substitutions, more environment) of a contender, ready to run in the
+    folder `work`."""
     if name.startswith("ours"):
         flags = args.ours[0 if name == "ours" else int(name[4:]) - 1]
-        momentum = [] if "--momentum_warmup" in flags else ["--momentum_warmup", str(plan.scaled(300, 3242))]
+        momentum = (
+            []
+            if "--momentum_warmup" in flags
+            else ["--momentum_warmup", str(plan.scaled(300, 3242))]
+        )
         return (
             [
                 str(ROOT / "train_gpt.py"),
@@ -259,11 +285,12 @@ def prepare(name: str, args, plan: Plan, work: Path) -> tuple[list[str], list, d
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- a run
+# ------------------------------------------------------------------------------------------- a run
 
 
 def step_times(intervals: list[float], steps: int, val_every: int) -> list[float]:
-    """Milliseconds of each of `steps` updates. intervals: between consecutive updates, warm-up's first."""
+    """Milliseconds of each of `steps` updates. intervals: between consecutive updates, warm-up's
+    first."""
     times = [None] + intervals[len(intervals) - (steps - 1) :]
     if len(times) != steps:
         raise Failed(f"{len(intervals) + 1} updates seen, {steps} planned")
@@ -275,12 +302,15 @@ def step_times(intervals: list[float], steps: int, val_every: int) -> list[float
     for k in range(steps):
         if not good[k]:
             near = [times[j] for j in range(max(0, k - 10), steps) if good[j]][:20]
-            times[k] = statistics.median(near or [t for t, ok in zip(times, good) if ok])
+            times[k] = statistics.median(
+                near or [t for t, ok in zip(times, good, strict=False) if ok]
+            )
     return times
 
 
 def time_to(curve: list, target: float) -> float | None:
-    """Seconds at which a curve of (step, loss, seconds) reaches a loss, linear between validations; None: never."""
+    """Seconds at which a curve of (step, loss, seconds) reaches a loss, linear between validations;
+    None: never."""
     before = None
     for _, loss, seconds in curve:
         if loss <= target:
@@ -296,7 +326,9 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
     """Runs a contender and measures it. Raises Failed."""
     with tempfile.TemporaryDirectory(prefix="side_by_side_") as temporary:
         work = Path(temporary)
-        bare_tokens(work, args.train, args.val) if name == "nanogpt" else link_shards(work, args.train, args.val)
+        bare_tokens(work, args.train, args.val) if name == "nanogpt" else link_shards(
+            work, args.train, args.val
+        )
         try:
             command, changes, more = prepare(name, args, plan, work)
         except OSError as error:
@@ -308,12 +340,22 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
             port = listener.getsockname()[1]
         env = os.environ | more | dict(SIDE_BY_SIDE_STATS=str(stats), PYTHONUNBUFFERED="1")
         if name in ("record", "simple", "newest"):
-            env |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            env |= dict(
+                RANK="0",
+                LOCAL_RANK="0",
+                WORLD_SIZE="1",
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=str(port),
+            )
         output = args.out / f"{name}.txt"
-        race.call([sys.executable, str(work / "launch.py"), *command], output, args.timeout, env, work)
+        call([sys.executable, str(work / "launch.py"), *command], output, args.timeout, env, work)
         text = output.read_text(errors="replace")
         if name.startswith("ours"):
-            text = next((work / "logs").glob("*.txt")).read_text(errors="replace").rpartition("=" * 100)[2]
+            text = (
+                next((work / "logs").glob("*.txt"))
+                .read_text(errors="replace")
+                .rpartition("=" * 100)[2]
+            )
         measured = json.loads(stats.read_text())
     newest = name == "newest"
     steps, batch, every = (
@@ -336,7 +378,9 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
     own = OWN_TIME.findall(text)
     return dict(
         name=name,
-        flags=args.ours[0 if name == "ours" else int(name[4:]) - 1] if name.startswith("ours") else "",
+        flags=args.ours[0 if name == "ours" else int(name[4:]) - 1]
+        if name.startswith("ours")
+        else "",
         batch_tokens=batch,
         steps=steps,
         tokens=steps * batch,
@@ -358,7 +402,7 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------ report
 
 
 def table(report: dict) -> str:
@@ -369,9 +413,11 @@ def table(report: dict) -> str:
         "",
         f"Measured: {limits['matmul_flops'] / 1e12:.0f} TFLOP/s ({limits['matmul']}), "
         f"copies {limits['copy_bytes'] / 1e9:.0f} GB/s. "
-        f"Target: {f'{target:.4f}, what `record` ends at' if target else 'none, `record` has not run'}.",
+        f"Target: "
+        f"{f'{target:.4f}, what `record` ends at' if target else 'none, `record` has not run'}.",
         "",
-        "| run | tokens/s | of `record` | MFU | peak GB | step ms, p10 / p50 / p90 | final val loss | "
+        "| run | tokens/s | of `record` | MFU | peak GB | step ms, p10 / p50 / p90 | final val "
+        "loss | "
         "seconds to the target | of `record` |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -397,7 +443,10 @@ def table(report: dict) -> str:
         )
     lines += ["", "Changed in the peers' scripts:", ""]
     for run in runs:
-        lines += [f"- {run['name']}: `{old.strip()}` → `{new.strip()}`" for old, new in run.get("substitutions", [])]
+        lines += [
+            f"- {run['name']}: `{old.strip()}` → `{new.strip()}`"
+            for old, new in run.get("substitutions", [])
+        ]
     return "\n".join(lines) + "\n"
 
 
@@ -411,7 +460,11 @@ def draw(report: dict, path: Path):
     for run in report["runs"]:
         if "failed" not in run:
             points = [(seconds, loss) for step, loss, seconds in run["curve"] if step]
-            axes.plot(*zip(*points), marker=".", label=" ".join([run["name"], run["flags"].replace("--", "")]).strip())
+            axes.plot(
+                *zip(*points, strict=False),
+                marker=".",
+                label=" ".join([run["name"], run["flags"].replace("--", "")]).strip(),
+            )
     if report["target"]:
         axes.axhline(report["target"], color="gray", linewidth=1, linestyle=":")
     axes.set(
@@ -429,7 +482,7 @@ def draw(report: dict, path: Path):
 def save(args, report: dict):
     done = [run for run in report["runs"] if run["name"] == "record" and "failed" not in run]
     report["target"] = done[0]["val_loss"] if done else None
-    race.write_json(args.out / "side_by_side.json", report)
+    write_json(args.out / "side_by_side.json", report)
     (args.out / "side_by_side.md").write_text(table(report), encoding="utf-8")
     if not importlib.util.find_spec("matplotlib"):
         print("no picture: matplotlib is not installed", flush=True)
@@ -437,7 +490,7 @@ def save(args, report: dict):
         draw(report, args.out / "side_by_side.png")
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 
 def parse_args(argv):
@@ -445,30 +498,55 @@ def parse_args(argv):
     for i in reversed(range(len(argv) - 1)):
         if argv[i] == "--ours":  # argparse takes a value like --preset for its own flag
             argv[i : i + 2] = [f"--ours={argv[i + 1]}"]
-    parser = race.Parser(
-        prog="side_by_side.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("", __doc__, prog="side_by_side.py")
     add = parser.add_argument
     add("--modded", type=Path, metavar="DIR", help="a checkout of modded-nanogpt")
     add("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT")
     add("--train_files", required=True, metavar="GLOB", help="GPT-2 token shards to train on")
     add("--val_files", required=True, metavar="GLOB", help="GPT-2 token shards to validate on")
-    add("--out", type=Path, required=True, metavar="DIR", help="for the results; runs that it already holds are kept")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="for the results; runs that it already holds are kept",
+    )
     add(
         "--ours",
         action="append",
         metavar="FLAGS",
-        help="flags of one of our runs; give several: ours, ours2, ... (--preset nov2024 and --preset gpt2_small)",
+        help="flags of one of our runs; several: ours, ours2, ... (nov2024 and gpt2_small)",
     )
     add("--only", nargs="+", metavar="NAME", help="run these contenders only")
     add("--again", action="store_true", help="run contenders again that --out holds, too")
-    add("--steps", type=number_in(int, 20), default=600, metavar="N", help="updates of everyone (600)")
-    add("--batch_tokens", type=number_in(int, ROW), default=65536, metavar="N", help="tokens per update (65536)")
-    add("--val_tokens", type=number_in(int, 262144), default=1048576, metavar="N", help="validation tokens (1048576)")
-    add("--val_every", type=number_in(int, 2), default=50, metavar="N", help="updates between validations (50)")
+    add(
+        "--steps",
+        type=number_in(int, 20),
+        default=600,
+        metavar="N",
+        help="updates of everyone (600)",
+    )
+    add(
+        "--batch_tokens",
+        type=number_in(int, ROW),
+        default=65536,
+        metavar="N",
+        help="tokens per update (65536)",
+    )
+    add(
+        "--val_tokens",
+        type=number_in(int, 262144),
+        default=1048576,
+        metavar="N",
+        help="validation tokens (1048576)",
+    )
+    add(
+        "--val_every",
+        type=number_in(int, 2),
+        default=50,
+        metavar="N",
+        help="updates between validations (50)",
+    )
     add(
         "--timeout",
         type=number_in(float, 1),
@@ -482,7 +560,8 @@ def parse_args(argv):
     known += ["record", "simple", "newest"] * bool(args.modded) + ["nanogpt"] * bool(args.nanogpt)
     if unknown := set(args.only or []) - set(known):
         raise BadInput(
-            f"--only {' '.join(sorted(unknown))}: not among {', '.join(known)}; peers need --modded or --nanogpt"
+            f"--only {' '.join(sorted(unknown))}: not among {', '.join(known)}; peers need "
+            f"--modded or --nanogpt"
         )
     args.names = [name for name in known if name in (args.only or known)]
     for folder, flag in ((args.modded, "modded"), (args.nanogpt, "nanogpt")):
@@ -509,7 +588,8 @@ def parse_args(argv):
         )
         if usable < need:
             raise BadInput(
-                f"{pattern}: {len(paths)} files hold {usable:,} usable tokens, {need:,} are needed; "
+                f"{pattern}: {len(paths)} files hold {usable:,} usable tokens, {need:,} are "
+                f"needed; "
                 f"give more shards or fewer --steps"
             )
     return args
@@ -517,17 +597,27 @@ def parse_args(argv):
 
 def main(argv=None) -> int:
     try:
-        with race.interruptible():
+        with interruptible():
             args = parse_args(argv)
             plan, path = (
                 Plan(args.steps, args.batch_tokens, args.val_tokens, args.val_every),
                 args.out / "side_by_side.json",
             )
-            report = json.loads(path.read_text()) if path.exists() else {"plan": dataclasses.asdict(plan), "runs": []}
+            report = (
+                json.loads(path.read_text())
+                if path.exists()
+                else {"plan": dataclasses.asdict(plan), "runs": []}
+            )
             if report["plan"] != dataclasses.asdict(plan):
-                raise BadInput(f"{path}: made with {report['plan']}; give the same sizes, or another --out")
+                raise BadInput(
+                    f"{path}: made with {report['plan']}; give the same sizes, or another --out"
+                )
             asked = subprocess.run(
-                [sys.executable, "-c", "import torch; print(torch.__version__); print(torch.cuda.get_device_name())"],
+                [
+                    sys.executable,
+                    "-c",
+                    "import torch; print(torch.__version__); print(torch.cuda.get_device_name())",
+                ],
                 capture_output=True,
                 text=True,
             )
@@ -541,7 +631,8 @@ def main(argv=None) -> int:
             )
             if measured.returncode:
                 raise BadInput(
-                    f"the card's ceilings cannot be measured: {(measured.stderr.strip().splitlines() or ['?'])[-1]}"
+                    f"the card's ceilings cannot be measured: "
+                    f"{(measured.stderr.strip().splitlines() or ['?'])[-1]}"
                 )
             report["ceilings"], report["tokens"] = (
                 json.loads(measured.stdout.splitlines()[-1]),
@@ -556,19 +647,23 @@ def main(argv=None) -> int:
                 try:
                     run = run_one(name, args, plan, report["ceilings"])
                     print(
-                        f"{name}: {run['tokens_per_second']:,.0f} tokens/s, val loss {run['val_loss']:.4f}", flush=True
+                        f"{name}: {run['tokens_per_second']:,.0f} tokens/s, val loss "
+                        f"{run['val_loss']:.4f}",
+                        flush=True,
                     )
                 except Failed as error:
                     run = dict(name=name, flags="", failed=str(error))
                     print(f"{name}: failed: {error}", flush=True)
-                report["runs"] = [other for other in report["runs"] if other["name"] != name] + [run]
+                report["runs"] = [other for other in report["runs"] if other["name"] != name] + [
+                    run
+                ]
                 save(args, report)
             print(table(report))
             return int(any("failed" in run for run in report["runs"]))
     except (BadInput, shards.BadInput, OSError) as error:
         print(f"side_by_side.py: {error}", file=sys.stderr)
         return 2
-    except race.Interrupted as stopped:
+    except Interrupted as stopped:
         return stopped.args[0]
 
 

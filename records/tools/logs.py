@@ -1,86 +1,82 @@
-"""Read training logs: ours and the public speedrun's. Parsing only: nothing that is read is ever run.
+"""Read training logs: ours and the public speedrun's. Parsing only: nothing that is read is ever
+run.
 
-    read_log(path) -> [Run, ...]     one Run, or several where one file holds several runs one after the other
+    read_log(path) -> [Run, ...]     one Run, or several where a file holds one after the other
 
-A log is the source text of the trainer, a line of '=', an optional header (environment, config, data hashes), lines
+A log is the source text of the trainer, a line of '=', an optional header (environment, config,
+data hashes), lines
 
     step:125/3242 val_loss:4.1234 train_time:12345ms step_avg:98.76ms
 
-and, in our logs, one line of JSON with the result. Also read: logs without the source (record folders), without any
-line of '=' (captured stdout), times in seconds (`train_time:12.345s`), extra `name:value` fields, `step_avg:nanms`, and
-the loss-only lines of llm.c (`s:250 tel:6.3097`). A file is read in blocks, so memory does not grow with its size.
-Whatever is wrong with a file ends up in `Run.problems`, in words; the contents of a file never raise.
-"""
-import argparse
+and, in our logs, one line of JSON with the result. Also read: logs without the source (record
+folders), without any line of '=' (captured stdout), times in seconds (`train_time:12.345s`), extra
+`name:value` fields, `step_avg:nanms`, and the loss-only lines of llm.c (`s:250 tel:6.3097`). A file
+is read in blocks, so memory does not grow with its size. Whatever is wrong with a file ends up in
+`Run.problems`, in words; the contents of a file never raise."""
+
 import hashlib
 import json
 import math
 import os
 import re
 import stat
-import sys
-import tempfile
 from dataclasses import dataclass, field
 
 import numpy as np
 
-if not __package__:
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import laptop  # noqa: E402
+from records.tools.command import printable
 
-# What each track demands of a run. `files`: the sha256 of every data file; None there or elsewhere: whatever the logs'
-# own config and data lines say, as long as all runs agree.
-TRACKS = {
-    "speed": dict(target=3.28, val_tokens=10_485_760, data="fineweb", files=None, world_size=8, device="H100",
-                  resumed=False, about="8×H100, FineWeb, val loss ≤ 3.28: least train time"),
-    "one_gpu": dict(target=3.28, val_tokens=10_485_760, data="fineweb", files=None, world_size=1, device="GPU",
-                    resumed=False, about="one GPU of any kind, FineWeb, val loss ≤ 3.28: best paired race"),
-    "laptop": dict(target=1.26, val_tokens=262_144, data="laptop", files=laptop.SHA256, world_size=1, device="CPU",
-                   resumed=False, about="CPU, the laptop corpus and its target: best paired race"),
-    "memory": dict(target=3.28, val_tokens=10_485_760, data="fineweb", files=None, world_size=None, device=None,
-                   resumed=True, about="FineWeb, val loss ≤ 3.28: least peak memory"),
-}
+BLOCK = 1 << 20  # bytes read at a time
+MAX_LINE = 4 << 20  # bytes; no honest line is longer
+MAX_VAL = 100_000  # validation lines kept per run
+MAX_TRAIN = 500  # training lines kept per run, about
+MAX_LOSS = 1e6  # anything above has diverged, and nan is not below it
+MAX_DEPTH = 20  # of nested JSON
 
-BLOCK = 1 << 20        # bytes read at a time
-MAX_LINE = 4 << 20     # bytes; no honest line is longer
-MAX_VAL = 100_000      # validation lines kept per run
-MAX_TRAIN = 500        # training lines kept per run, about
-MAX_LOSS = 1e6         # anything above has diverged, and nan is not below it
-MAX_DEPTH = 20         # of nested JSON
-
-NUMBER = rb"[-+\d.einaf]{1,30}"      # cheap for the regex engine; float() decides
-# Starts with a literal newline, not with ^, because that lets the regex engine skip to the next "\nstep:".
-STEP = re.compile(rb"\nstep:(\d{1,15})/(\d{1,15})(?: (val|train)_loss:(" + NUMBER + rb"))?"
-                  rb"(?: (?!(?:val|train)_(?:loss|time):)[A-Za-z]\w*:\S+)*? train_time:([\d.]{1,25})(m?s)"
-                  rb"(?: step_avg:(" + NUMBER + rb")(m?s)(?=[ \r\n]|\Z)|(?=[\r\n]|\Z| (?!step)\w+:))")
+NUMBER = rb"[-+\d.einaf]{1,30}"  # cheap for the regex engine; float() decides
+# Starts with a literal newline, not with ^, because that lets the regex engine skip to the next
+# "\nstep:".
+STEP = re.compile(
+    rb"\nstep:(\d{1,15})/(\d{1,15})(?: (val|train)_loss:(" + NUMBER + rb"))?"
+    rb"(?: (?!(?:val|train)_(?:loss|time):)[A-Za-z]\w*:\S+)*? train_time:([\d.]{1,25})(m?s)"
+    rb"(?: step_avg:(" + NUMBER + rb")(m?s)(?=[ \r\n]|\Z)|(?=[\r\n]|\Z| (?!step)\w+:))"
+)
 STEP_LIKE = re.compile(rb"\nstep:\d[^\n]{0,200}")
 LLMC = re.compile(rb"\ns:(\d{1,15}) (tel|trl):(" + NUMBER + rb")(?=[ \r\n]|\Z)")
 SEPARATOR = re.compile(rb"\n={20,}\r?(?=\n|\Z)")
-OPENING = re.compile(rb"={20,}\r?\n(?![a-z][a-z0-9_]*: )")      # not followed by a header
-HEADER = re.compile(rb"\n(run_id|python|torch|cuda|driver|device|cpu|world_size|argv|source_sha256|data|config): ?"
-                    rb"([^\r\n]*)")
+OPENING = re.compile(rb"={20,}\r?\n(?![a-z][a-z0-9_]*: )")  # not followed by a header
+HEADER = re.compile(
+    rb"\n(run_id|python|torch|cuda|driver|device|cpu|world_size|argv|source_sha256|data|data_sha256"
+    rb"|config): ?"
+    rb"([^\r\n]*)"
+)
 RESULT = re.compile(rb"\n(\{\"[^\r\n]*)")
 
 
 @dataclass
 class Run:
     """One training run as its log tells it. Times in milliseconds, losses in nats per token."""
+
     path: str
-    part: int = 0                       # 1, 2, ... where one file holds several runs
-    style: str = "none"                 # "ours", "public", "llm.c", or "none": no step line at all
-    source_sha256: str | None = None    # of the source text, or as claimed where the log holds no source
-    source_bytes: int = 0               # 0: the log does not hold its source
+    part: int = 0  # 1, 2, ... where one file holds several runs
+    style: str = "none"  # "ours", "public", "llm.c", or "none": no step line at all
+    source_sha256: str | None = (
+        None  # of the source text, or as claimed where the log holds no source
+    )
+    source_bytes: int = 0  # 0: the log does not hold its source
     header: dict = field(default_factory=dict)
     config: dict | None = None
-    data: dict | None = None            # file name -> sha256
-    result: dict | None = None          # the JSON line
+    data: dict | None = None  # file name -> sha256
+    result: dict | None = None  # the JSON line
     resumed: bool = False
-    planned: int | None = None          # steps
+    planned: int | None = None  # steps
     last_step: int = -1
     last_time: float = -1.0
     train_lines: int = 0
-    val: list = field(default_factory=list)       # (step, loss, train time or None)
-    train: list = field(default_factory=list)     # the same of some MAX_TRAIN training lines, for pictures
+    val: list = field(default_factory=list)  # (step, loss, train time or None)
+    train: list = field(
+        default_factory=list
+    )  # the same of some MAX_TRAIN training lines, for pictures
     problems: list = field(default_factory=list)  # sentences
 
     @property
@@ -89,12 +85,19 @@ class Run:
 
     @property
     def val_loss(self) -> float | None:
-        """The final validation loss: of the result line where it agrees with the last step line, else of that line."""
+        """The final validation loss: of the result line where it agrees with the last step line,
+        else of that line."""
         if not self.val:
             return None
         exact = number((self.result or {}).get("val_loss"))
         loss = self.val[-1][1]
-        return exact if exact is not None and abs(exact - loss) <= 1e-4 else loss if 0 <= loss < MAX_LOSS else None
+        return (
+            exact
+            if exact is not None and abs(exact - loss) <= 1e-4
+            else loss
+            if 0 <= loss < MAX_LOSS
+            else None
+        )
 
     @property
     def train_time(self) -> float | None:
@@ -104,9 +107,18 @@ class Run:
     def seed(self):
         return (self.config or {}).get("seed")
 
-    @property
-    def batch_tokens(self) -> float | None:
-        return number((self.config or {}).get("batch_tokens"))
+    def tokens(self, step: int) -> float | None:
+        """Tokens trained on in the first `step` steps, by the config's batch_tokens: a number, or a
+        list with one for each equal stage of the run. None where the log does not say."""
+        stages = (self.config or {}).get("batch_tokens")
+        stages = stages if isinstance(stages, list) else [stages]
+        steps = number((self.config or {}).get("steps"))
+        if not stages or None in map(number, stages) or not steps or not steps.is_integer():
+            return None
+        # Step s (from 0) of n is in stage s * k // n: stage i begins at step ceil(i * n / k).
+        begins = [-(-i * int(steps) // len(stages)) for i in range(len(stages) + 1)]
+        spans = zip(stages, begins, begins[1:], strict=False)
+        return sum(size * max(0, min(step, end) - begin) for size, begin, end in spans)
 
 
 def number(value) -> float | None:
@@ -117,23 +129,25 @@ def number(value) -> float | None:
 
 
 def parse_json(text: bytes):
-    """The JSON value of `text`, or None where it is not JSON (nan and inf are not) or nested too deeply to be ours."""
+    """The JSON value of `text`, or None where it is not JSON (nan and inf are not) or nested too
+    deeply to be ours."""
+
     def refuse(constant):
         raise ValueError(constant)
+
     try:
         value = json.loads(text, parse_constant=refuse)
     except (ValueError, RecursionError):
         return None
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+        level = [
+            x
+            for v in level
+            if isinstance(v, (dict, list))
+            for x in (v.values() if isinstance(v, dict) else v)
+        ]
     return None if level else value
-
-
-def printable(text, limit: int = 120) -> str:
-    """`text` safe for a terminal: control characters replaced, long text shortened."""
-    text = "".join(c if c.isprintable() else "?" for c in str(text))
-    return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
 class _Reader:
@@ -142,12 +156,13 @@ class _Reader:
     def __init__(self, path):
         self.run = Run(os.fspath(path))
         self.runs = [self.run]
-        self.counts = {}            # kind of problem -> [first sentence, how often]
+        self.counts = {}  # kind of problem -> [first sentence, how often]
         self.in_header = True
         self.result_seen = False
-        self.hashes = ()            # sha256 of the source with and without its last newline
-        self.last_step = {True: -1, False: -1}     # of validation lines, of the others
+        self.hashes = ()  # sha256 of the source with and without its last newline
+        self.last_step = {True: -1, False: -1}  # of validation lines, of the others
         self.last_val = (0, 0.0)
+        self.last_part = -1
 
     def problem(self, kind, sentence, count=1):
         self.counts.setdefault(kind, [sentence, 0])[1] += count
@@ -162,11 +177,18 @@ class _Reader:
         self.close_run()
         first = self.runs[0]
         first.part = 1
-        self.run = Run(first.path, part=len(self.runs) + 1, style=first.style, source_sha256=first.source_sha256,
-                       source_bytes=first.source_bytes, header=first.header)
+        self.run = Run(
+            first.path,
+            part=len(self.runs) + 1,
+            style=first.style,
+            source_sha256=first.source_sha256,
+            source_bytes=first.source_bytes,
+            header=first.header,
+        )
         self.runs.append(self.run)
         self.last_step = {True: -1, False: -1}
         self.last_val = (0, 0.0)
+        self.last_part = -1
 
     def read(self):
         run = self.run
@@ -179,7 +201,9 @@ class _Reader:
             with open(run.path, "rb") as f:
                 blocks = self.blocks(f)
                 rest = self.read_source(blocks)
-                if rest is None and not self.counts:      # no line of '=': no source and no header, maybe step lines
+                if (
+                    rest is None and not self.counts
+                ):  # no line of '=': no source and no header, maybe step lines
                     self.in_header = False
                     f.seek(0)
                     blocks = self.blocks(f)
@@ -192,8 +216,12 @@ class _Reader:
         if run.style == "ours":
             self.check_source_claim()
         elif run.style == "none" and not self.counts:
-            self.problem("none", "holds no step line: not a training log, or cut off before the first step" if size
-                         else "is empty")
+            self.problem(
+                "none",
+                "holds no step line: not a training log, or cut off before the first step"
+                if size
+                else "is empty",
+            )
         self.close_run()
         return self.runs
 
@@ -202,7 +230,10 @@ class _Reader:
         carry = b""
         while block := f.read(BLOCK):
             if b"\0" in block:
-                self.problem("binary", f"is not text: a zero byte at {f.tell() - len(block) + block.index(0)}")
+                self.problem(
+                    "binary",
+                    f"is not text: a zero byte at {f.tell() - len(block) + block.index(0)}",
+                )
                 return
             cut = block.rfind(b"\n") + 1
             if cut:
@@ -211,19 +242,24 @@ class _Reader:
             else:
                 carry += block
                 if len(carry) > MAX_LINE:
-                    self.problem("line", f"holds a line longer than {MAX_LINE >> 20} MB: not a training log")
+                    self.problem(
+                        "line", f"holds a line longer than {MAX_LINE >> 20} MB: not a training log"
+                    )
                     return
         if carry:
             yield carry
 
     def read_source(self, blocks):
-        """Hash all before the first line of '='; returns the rest of that block, None where there is no such line."""
+        """Hash all before the first line of '='; returns the rest of that block, None where there
+        is no such line."""
         digest, last, size = hashlib.sha256(), b"", 0
         for i, block in enumerate(blocks):
-            if i == 0 and (opening := OPENING.match(block)):     # a line of '=' above the source as well
-                block = block[opening.end():]
+            if i == 0 and (
+                opening := OPENING.match(block)
+            ):  # a line of '=' above the source as well
+                block = block[opening.end() :]
             found = SEPARATOR.search(b"\n" + block)
-            part = block[:found.start()] if found else block
+            part = block[: found.start()] if found else block
             if part:
                 digest.update(last + part[:-1])
                 last = part[-1:]
@@ -234,7 +270,7 @@ class _Reader:
                 self.hashes = (digest.hexdigest(), without)
                 if size:
                     self.run.source_sha256, self.run.source_bytes = self.hashes[0], size
-                return block[found.start():]
+                return block[found.start() :]
         return None
 
     def body(self, text):
@@ -261,12 +297,13 @@ class _Reader:
                 self.problem("twice", f"names {key} twice in its header")
                 continue
             run.header[key] = value.decode("utf-8", "replace")
-            if key in ("config", "data"):
+            attribute = {"config": "config", "data": "data", "data_sha256": "data"}.get(key)
+            if attribute:
                 parsed = parse_json(value)
                 if not isinstance(parsed, dict):
                     self.problem(key, f"has a {key} line that is not a JSON object")
                     parsed = None
-                setattr(run, key, parsed)
+                setattr(run, attribute, parsed)
         if "config" in run.header or "run_id" in run.header:
             run.style = "ours"
 
@@ -287,14 +324,19 @@ class _Reader:
         run = self.run
         claim = run.header.get("source_sha256", "").strip()
         if not re.fullmatch("[0-9a-f]{64}", claim):
-            self.problem("claim", "does not name its source: no source_sha256 line with 64 hex digits")
+            self.problem(
+                "claim", "does not name its source: no source_sha256 line with 64 hex digits"
+            )
         elif not run.source_bytes:
             run.source_sha256 = claim
         elif claim in self.hashes:
             run.source_sha256 = claim
         else:
-            self.problem("claim", f"claims source_sha256 {claim[:12]}, but the source in it has {self.hashes[0][:12]}: "
-                                  f"edited")
+            self.problem(
+                "claim",
+                f"claims source_sha256 {claim[:12]}, but the source in it has "
+                f"{self.hashes[0][:12]}: edited",
+            )
 
     def read_steps(self, text) -> int:
         """All step lines of a block at once; returns how many."""
@@ -305,37 +347,54 @@ class _Reader:
                     self.unreadable_line(found[0][1:])
         if not rows:
             return 0
+        found = len(rows)
         try:
             table = numbers(rows)
-        except ValueError:      # rare: find the lines that float() does not take
-            good = [all(is_number(row[i]) for i in (3, 4, 6)) for row in rows]
-            for row in (row for row, fine in zip(rows, good) if not fine):
-                self.unreadable_line(b" ".join(row))
-            if not any(good):
-                return len(rows)
-            rows = [row for row, fine in zip(rows, good) if fine]
+        except ValueError:  # rare: find the lines that float() does not take
+            rows = self.readable(rows)
+            if not rows:
+                return found
             table = numbers(rows)
         if self.run.style in ("none", "llm.c"):
             self.run.style = "public"
         n = len(rows)
-        grain = tuple(decimals(rows[0][i]) * (1000 if rows[0][i + 1] == b"s" else 1) for i in (4, 6))
+        grain = tuple(
+            decimals(rows[0][i]) * (1000 if rows[0][i + 1] == b"s" else 1) for i in (4, 6)
+        )
         before = np.concatenate([[self.run.last_step], table["step"][:-1]])
         cuts = [0, n]
         if self.run.style == "public":
             cuts[1:1] = np.nonzero((table["step"] == 0) & (before > 0))[0].tolist()
-        for start, end in zip(cuts, cuts[1:]):
-            if start < n and table["step"][start] == 0 and self.run.last_step > 0 and self.run.style == "public":
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            if (
+                start < n
+                and table["step"][start] == 0
+                and self.run.last_step > 0
+                and self.run.style == "public"
+            ):
                 self.next_run()
             if end > start:
                 self.check_steps({k: v[start:end] for k, v in table.items()}, grain)
-        return n
+        return found
+
+    def readable(self, rows) -> list:
+        good = []
+        for row in rows:
+            if all(is_number(row[i]) for i in (3, 4, 6)):
+                good.append(row)
+            else:
+                self.unreadable_line(b" ".join(row))
+        return good
 
     def unreadable_line(self, line):
-        self.problem("line", f"has a step line that cannot be read: {printable(line.decode('utf-8', 'replace'), 60)!r}")
+        text = printable(line.decode("utf-8", "replace"), 60)
+        self.problem("line", f"has a step line that cannot be read: {text!r}")
 
     def check_steps(self, table, grain):
         run = self.run
-        step, planned, time, avg, is_val = (table[k] for k in ("step", "planned", "time", "avg", "is_val"))
+        step, planned, time, avg, is_val = (
+            table[k] for k in ("step", "planned", "time", "avg", "is_val")
+        )
         if run.planned is None:
             run.planned = int(planned[0])
         if (planned != run.planned).any():
@@ -352,37 +411,60 @@ class _Reader:
             if len(mine):
                 same = np.concatenate([[self.last_step[which]], mine[:-1]]) == mine
                 if same.any():
-                    self.problem(f"same {which}", f"has step {mine[same.argmax()]} twice", int(same.sum()))
+                    self.problem(
+                        f"same {which}", f"has step {mine[same.argmax()]} twice", int(same.sum())
+                    )
                 self.last_step[which] = int(mine[-1])
 
-        # The public trainers of 2024 restart their clock after ten untimed steps; until then step_avg is nan.
+        # The public trainers of 2024 restart their clock after ten untimed steps; until then
+        # step_avg is nan.
         before = np.concatenate([[run.last_time], time[:-1]])
         restart = (step <= 12) & np.isnan(avg) & (run.style == "public")
         if (back := (time < before) & ~restart).any():
             i = int(back.argmax())
-            self.problem("times", f"train_time goes backwards at step {step[i]}: {before[i]:.0f} to {time[i]:.0f} ms",
-                         int(back.sum()))
+            self.problem(
+                "times",
+                f"train_time goes backwards at step {step[i]}: {before[i]:.0f} to {time[i]:.0f} ms",
+                int(back.sum()),
+            )
         with np.errstate(invalid="ignore", over="ignore"):
             self.check_averages(step, time, avg, is_val, grain)
 
         if (wrong := ~((table["loss"] >= 0) & (table["loss"] < MAX_LOSS))).any():
-            self.problem("nan", f"has a loss of {table['loss'][wrong.argmax()]} at step {step[wrong.argmax()]}",
-                         int(wrong.sum()))
+            self.problem(
+                "nan",
+                f"has a loss of {table['loss'][wrong.argmax()]} at step {step[wrong.argmax()]}",
+                int(wrong.sum()),
+            )
+        self.keep(step, table["loss"], time, is_val)
+        run.last_step, run.last_time = int(step[-1]), float(time[-1])
+
+    def keep(self, step, loss, time, is_val):
+        """Takes over the validation lines, and enough of the training lines for pictures."""
+        run = self.run
         rows = np.nonzero(is_val)[0]
         if len(run.val) + len(rows) > MAX_VAL:
             self.problem("many", f"holds more than {MAX_VAL} validation lines")
-            rows = rows[:max(0, MAX_VAL - len(run.val))]
-        run.val += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
+            rows = rows[: max(0, MAX_VAL - len(run.val))]
+        run.val += [(int(step[i]), float(loss[i]), float(time[i])) for i in rows]
         run.train_lines += int((~is_val).sum())
-        some = ~is_val & (table["loss"] > 0) & (step % max(1, run.planned // MAX_TRAIN) == 0)  # lines without a loss have 0
-        rows = np.nonzero(some)[0][:2 * MAX_TRAIN - len(run.train)]
-        run.train += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
-        run.last_step, run.last_time = int(step[-1]), float(time[-1])
+        # Of the training lines with a loss, the first in each MAX_TRAIN-th of the run
+        part = step * MAX_TRAIN // max(run.planned, MAX_TRAIN)
+        for i in np.nonzero(~is_val & (loss > 0))[0]:
+            if part[i] > self.last_part and len(run.train) <= MAX_TRAIN:
+                run.train.append((int(step[i]), float(loss[i]), float(time[i])))
+                self.last_part = part[i]
 
     def check_averages(self, step, time, avg, is_val, grain):
-        """step_avg is train_time over the steps; public logs may leave out ten, or count since the last validation."""
+        """step_avg is train_time over the steps; public logs may leave out ten, or count since the
+        last validation."""
+
         def fits(elapsed, steps):
-            return np.abs(elapsed - avg * steps) <= grain[0] + np.abs(steps) * grain[1] + 1e-6 * elapsed
+            return (
+                np.abs(elapsed - avg * steps)
+                <= grain[0] + np.abs(steps) * grain[1] + 1e-6 * elapsed
+            )
+
         good = np.isnan(avg) | (step == 0) | fits(time, step)
         if self.run.style == "public":
             good |= fits(time, step - 10)
@@ -398,8 +480,12 @@ class _Reader:
             good &= ~(np.isnan(avg) & (step > 0))
         if not good.all():
             i = int((~good).argmax())
-            self.problem("average", f"step_avg {avg[i]:.2f} ms does not fit train_time {time[i]:.0f} ms at step "
-                                    f"{step[i]}", int((~good).sum()))
+            self.problem(
+                "average",
+                f"step_avg {avg[i]:.2f} ms does not fit train_time {time[i]:.0f} ms at step "
+                f"{step[i]}",
+                int((~good).sum()),
+            )
 
     def read_llmc(self, text):
         run = self.run
@@ -421,20 +507,28 @@ class _Reader:
 
 
 def numbers(rows) -> dict[str, np.ndarray]:
-    """STEP's rows as columns, times in ms. A line without a loss has loss 0, one without an average has nan."""
-    step, planned, kind, loss, time, unit, avg, avg_unit = zip(*rows)
+    """STEP's rows as columns, times in ms. A line without a loss has loss 0, one without an average
+    has nan."""
+    step, planned, kind, loss, time, unit, avg, avg_unit = zip(*rows, strict=False)
     n = len(rows)
 
     def integers(texts):
         return np.fromiter(map(int, texts), np.int64, n)
 
     def floats(texts, units=(), empty=b"0"):
-        values = np.fromiter(map(float, (x or empty for x in texts) if b"" in texts else texts), float, n)
+        values = np.fromiter(
+            map(float, (x or empty for x in texts) if b"" in texts else texts), float, n
+        )
         return values * np.where(np.array(units) == b"s", 1000.0, 1.0) if b"s" in units else values
-    return dict(step=integers(step),
-                planned=integers(planned) if len(set(planned)) > 1 else np.full(n, int(planned[0])),
-                is_val=np.fromiter(map(b"val".__eq__, kind), bool, n), loss=floats(loss), time=floats(time, unit),
-                avg=floats(avg, avg_unit, b"nan"))
+
+    return dict(
+        step=integers(step),
+        planned=integers(planned) if len(set(planned)) > 1 else np.full(n, int(planned[0])),
+        is_val=np.fromiter(map(b"val".__eq__, kind), bool, n),
+        loss=floats(loss),
+        time=floats(time, unit),
+        avg=floats(avg, avg_unit, b"nan"),
+    )
 
 
 def is_number(text: bytes) -> bool:
@@ -466,11 +560,12 @@ def body_lines(path):
 
 
 def source_text(path, sha256: str) -> bytes:
-    """The trainer's source in a log, exactly the bytes whose hash is `sha256`; ValueError where it is not there."""
+    """The trainer's source in a log, exactly the bytes whose hash is `sha256`; ValueError where it
+    is not there."""
     with open(path, "rb") as f:
         text = b"\n" + f.read(MAX_LINE)
     found = SEPARATOR.search(text)
-    source = text[1:found.start() + 1] if found else b""
+    source = text[1 : found.start() + 1] if found else b""
     for candidate in (source, source[:-1]):
         if candidate and hashlib.sha256(candidate).hexdigest() == sha256:
             return candidate
@@ -483,58 +578,3 @@ def sha256_file(path) -> str:
         while block := f.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_atomic(path, data: bytes):
-    """Write to a temporary name beside `path`, then rename: no reader ever sees half a file."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), prefix=".tmp_")
-    try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def emit(text: str):
-    """Print to stdout; a reader that has gone away (`| head`) is no error."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _markers(name):
-    return f"<!-- {name} -->", f"<!-- /{name} -->"
-
-
-def between(text: str, name: str) -> str | None:
-    """What stands between the comments `<!-- name -->` and `<!-- /name -->`, stripped; None where they are missing."""
-    start, end = _markers(name)
-    head, found, rest = text.partition(start)
-    body, closed, _ = rest.partition(end)
-    return body.strip() if found and closed else None
-
-
-def replace_between(text: str, name: str, body: str) -> str:
-    """`text` with the block `name` replaced; ValueError where its comments are not there."""
-    if between(text, name) is None:
-        raise ValueError(f"no {_markers(name)[0]} ... {_markers(name)[1]} in the text")
-    start, end = _markers(name)
-    head, _, rest = text.partition(start)
-    return f"{head}{start}\n{body.strip()}\n{end}{rest.partition(end)[2]}"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line: "name.py: what is wrong; what to do", exit code 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-    def refuse(self, message, code=2):
-        """For what argparse cannot know: print the line as it is and leave."""
-        self.exit(code, f"{self.prog}: {message}\n")
