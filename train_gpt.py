@@ -363,8 +363,9 @@ class Shards:
     """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
     names. A row shares its last token with the next one; none crosses from shard to shard."""
 
-    def __init__(self, pattern: str, flag: str, seq_len: int):
+    def __init__(self, pattern: str, flag: str, seq_len: int, vocab_size: int = 1 << 16):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
+        self.vocab_size = vocab_size
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
         self.first = np.cumsum([0, *((shard_tokens(path) - 1) // seq_len for path in self.paths)])
@@ -373,14 +374,20 @@ class Shards:
         return int(self.first[-1])
 
     def read(self, numbers) -> Tensor:
-        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut
-        short."""
+        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut short,
+        or is of another tokenizer."""
         rows = []
         for number in numbers:
             shard = np.searchsorted(self.first, number, side="right") - 1
             start = HEADER_BYTES + 2 * self.seq_len * int(number - self.first[shard])
-            rows.append(np.fromfile(self.paths[shard], "<u2", self.seq_len + 1, offset=start))
-            refuse(len(rows[-1]) <= self.seq_len, f"{self.paths[shard]}: cut short during the run")
+            path = self.paths[shard]
+            row = np.fromfile(path, "<u2", self.seq_len + 1, offset=start)
+            refuse(len(row) <= self.seq_len, f"{path}: cut short during the run")
+            foreign = row.max() >= self.vocab_size
+            refuse(
+                foreign, f"{path}: holds token {row.max()}, beyond --vocab_size {self.vocab_size}"
+            )
+            rows.append(row)
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -1409,8 +1416,8 @@ def result_of(run, val_loss, warmup_ms):
 def open_data(c, runtime):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
     or trained on, or where ranks differ."""
-    shards = Shards(c.train_files, "train_files", c.seq_len)
-    val = Shards(c.val_files, "val_files", c.seq_len)
+    shards = Shards(c.train_files, "train_files", c.seq_len, c.vocab_size)
+    val = Shards(c.val_files, "val_files", c.seq_len, c.vocab_size)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
     refuse(len(val) * c.seq_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
     shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
