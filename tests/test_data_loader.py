@@ -71,6 +71,7 @@ def test_tokens_outside_the_vocabulary_are_one_line(folder):
     """Shards of another tokenizer: say so at once, not in a kernel's words."""
     write_shard(folder / "val_000000.bin", text(700, 1) + 1000)
     check_refused(run(flags(folder)), "val_000000.bin", "--vocab_size 257")
+    make_data(folder)
     write_shard(folder / "train_000001.bin", text(3000, 1) + 1000)
     check_refused(run(flags(folder)), "train_000001.bin", "--vocab_size 257")
 
