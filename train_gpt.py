@@ -1519,10 +1519,10 @@ def eval_weights(run):
 
 
 def val_rows(run):
-    """Rows per forward pass of a validation: one shape, compiled once."""
-    c = run.config
+    """Rows per forward pass of a validation: one shape, known from the first stage on."""
+    c, first = run.config, next(iter(run.micro.values()))
     share = c.val_tokens // c.val_len // run.runtime.world_size
-    return largest_divisor(share, max(1, max(run.micro.values()) * c.seq_len // c.val_len))
+    return largest_divisor(share, max(1, first * c.seq_len // c.val_len))
 
 
 @torch.no_grad()
