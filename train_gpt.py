@@ -1703,6 +1703,8 @@ def read_losses(run, late=0):
             event.synchronize()
         loss, stopping = host.tolist()
         check_loss(run, step, "train", loss)
+        if stopping:
+            late = 0  # the log that goes into the checkpoint is whole
     if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
 
