@@ -1443,7 +1443,8 @@ def save_checkpoint(run):
             log.line(f"checkpoint: {path}")
         except OSError as error:
             log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
     run.runtime.exchange(None)  # the others wait here
 
 
