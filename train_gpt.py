@@ -1058,9 +1058,12 @@ class Optimizer:
         there."""
         mine = {param: whole[f"{type(self).__name__} {param}"] for param in self.named}
         first = next(iter(mine.values()))
-        self.steps = first["steps"]
+        self.steps = int(first["steps"])
+        refuse(self.steps < 0, "updates below zero")
         for name in sorted(first.keys() - {"steps"}):
-            rows = self.stack({param: values[name] for param, values in mine.items()})
+            parts = {param: values[name] for param, values in mine.items()}
+            refuse([len(part) for part in parts.values()] != self.sizes, "rows are missing")
+            rows = self.stack(parts)
             self.state[name] = rows[self.mine].clone()
 
 
@@ -1455,7 +1458,8 @@ def read_checkpoint(path):
         refuse(hashlib.sha256(data[:-32]).digest() != data[-32:], "wrong checksum")
         state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         dict(state["identity"]), Config(**state["config"])
-        refuse(min(state["step"], state["train_seconds"]) < 0, "it counts below zero")
+        counts = type(state["step"]) is int and state["step"] >= 0
+        refuse(not counts or not 0 <= state["train_seconds"] < math.inf, "it miscounts")
         return state
 
 
@@ -1545,10 +1549,11 @@ def evaluate(run, val):
 def load_model(path, device="cpu") -> GPT:
     """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
     state = read_checkpoint(path)
-    c = Config(**state["config"] | dict(attention="sdpa", compile=False))
-    run = build(c, Runtime(torch.device(device)))
-    run.load_state(state)
-    run.model.set_stage(run.step)
+    with blame(f"{path} does not fit this train_gpt.py"):
+        c = Config(**state["config"] | dict(attention="sdpa", compile=False))
+        run = build(c, Runtime(torch.device(device)))
+        run.load_state(state)
+        run.model.set_stage(run.step)
     swap(run.model, eval_weights(run))
     return run.model.eval()
 
