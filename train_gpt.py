@@ -1958,9 +1958,9 @@ class ReLoRA(Method):
     @torch.no_grad()
     def after_step(self, step, run):
         c, since = self.config, step - self.config.relora_warm_start
+        self.resume(step, run)  # at the end of the warm start
         if since < 0 or since % c.relora_interval or step == c.steps:
             return
-        self.resume(step, run)  # at the end of the warm start
         for name, layer in adapters(run.model).items():
             layer.weight.copy_(layer.merged())
             uniform_(layer.A, layer.n_in**-0.5, seeded(c.seed, "relora", step, name))
