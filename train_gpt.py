@@ -517,7 +517,8 @@ def shard_tokens(path):
     """Tokens in a shard. Errors: UserError if it is no file, or not as long as its header says."""
     regular = os.path.isfile(path)  # a pipe would block
     header = np.fromfile(path, "<i4", 3).tolist() if regular else None
-    whole = header == [20240520, 1, os.path.getsize(path) // 2 - HEADER_BYTES // 2]
+    size = os.path.getsize(path) if regular else 0
+    whole = header == [20240520, 1, size // 2 - HEADER_BYTES // 2]
     refuse(
         not whole or header[2] == 0, f"{path}: not a whole token shard; fetch or prepare it again"
     )
