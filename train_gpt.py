@@ -452,10 +452,12 @@ HEADER_BYTES = (
 class Shards:
     """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
     names; none crosses from shard to shard. A row shares its last token with the next one, or, with
-    max_document, starts at a document; mark: the token that stands before each."""
+    max_document, starts at a document; mark: the token that stands before each, the vocabulary's
+    last."""
 
     def __init__(self, pattern: str, flag: str, seq_len: int, max_document: int = 0, mark: int = 0):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
+        self.mark = mark
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
         self.packed = []  # of each shard: rows of documents, as (start, tokens)
@@ -469,8 +471,8 @@ class Shards:
         return int(self.first[-1])
 
     def read(self, numbers) -> Tensor:
-        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut
-        short."""
+        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut short,
+        or is of another vocabulary."""
         rows = []
         for number in numbers:
             shard = np.searchsorted(self.first, number, side="right") - 1
@@ -481,6 +483,8 @@ class Shards:
             tokens = [read_shard(path, start, count) for start, count in parts]
             rows.append(np.concatenate(tokens))
             refuse(len(rows[-1]) <= self.seq_len, f"{path}: cut short during the run")
+            foreign = self.mark and rows[-1].max() > self.mark
+            refuse(foreign, f"{path}: holds tokens beyond --vocab_size {self.mark + 1}")
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -1783,7 +1787,7 @@ def open_data(c, runtime):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
     or trained on, or where ranks differ."""
     shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
-    val = Shards(c.val_files, "val_files", c.val_len)
+    val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
     refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
     shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
