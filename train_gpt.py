@@ -87,7 +87,7 @@ class Config:
     steps: int = 3242  # optimizer updates
     seed: int = 0  # of the initial weights and everything random
     target: float = 3.28  # validation loss to reach, nats per token
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
     # data
     batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
