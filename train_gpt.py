@@ -678,6 +678,7 @@ class Gate(Linear):
 
     def __init__(self, n_out):
         super().__init__(12, n_out, init=0.0)
+        self.weight.is_gate = True
 
     def forward(self, x):
         return torch.sigmoid(super().forward(x[..., :12]))
@@ -1169,7 +1170,7 @@ ADAM_TABLE = {
 
 def is_matrix(name, p):
     """Is this parameter one of the hidden matrices, which Muon and the methods train?"""
-    return name.startswith("blocks.") and p.ndim == 2 and not name.endswith("gate.weight")
+    return name.startswith("blocks.") and p.ndim == 2 and not getattr(p, "is_gate", False)
 
 
 def group_of(name, p):
