@@ -1622,13 +1622,16 @@ def forward_backward(run, inputs, targets, micro):
 def update(run):
     """One optimizer update. All collectives are under way before the first is waited for."""
     due = [optimizer for optimizer in run.optimizers if (run.step + 1) % optimizer.every == 0]
-    if tied_at(run.step, run.config) and len(due) == len(run.optimizers):
-        wte, head = run.model.wte.weight.grad, run.model.lm_head.weight.grad
-        wte += head  # equal from the first, they stay equal
-        head.copy_(wte)
+    wte, head = run.model.wte.weight, run.model.lm_head.weight
+    tied = tied_at(run.step, run.config) and len(due) == len(run.optimizers)
+    if tied:
+        head.grad += wte.grad
+        wte.grad.copy_(head.grad)
     for stage in ("reduce", "step", "finish"):
         for optimizer in due:
             getattr(optimizer, stage)()
+    if tied:  # by lm_head's rate
+        wte.data.copy_(head.data)
 
 
 def set_stage(run):
