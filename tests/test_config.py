@@ -59,11 +59,14 @@ BAD = [  # what is added to the flags of a tiny run, and words that the answer m
     ("--n_embd 34 --n_head 34", "head_dim"),
     ("--batch_tokens 1000", "1000 tokens", "--seq_len 32"),
     ("--batch_tokens 256 1000", "1000 tokens", "--seq_len 32"),
-    ("--val_tokens 1010", "1010 tokens", "--seq_len 32"),
+    ("--val_tokens 1010", "--val_tokens", "32"),
+    ("--val_tokens 512 --val_seq_len 100", "--val_tokens", "100"),
     ("--micro_batch 3", "--micro_batch 3", "8 rows"),
-    ("--window 8", "--window_pattern"),
-    ("--window_pattern SL", "--window_pattern"),
-    ("--window 8 --window_pattern SX", "--window_pattern"),
+    ("--short_window 8", "--short_window", "--window"),
+    ("--paired_heads --n_head 1", "--paired_heads", "even"),
+    ("--key_offset", "--key_offset", "--half_rotary"),
+    ("--checkpoint_every 3 --adam_every 2", "--checkpoint_every", "--adam_every 2"),
+    ("--extension 12", "--extension"),
     ("--warmup 100", "--steps 12", "100"),
     ("--relora 8 --relora_warm_start 50", "--steps 12", "50"),
     ("--relora 8 --relora_interval 50", "--steps 12", "50"),
@@ -76,7 +79,7 @@ BAD = [  # what is added to the flags of a tiny run, and words that the answer m
     ("--galore 8 --sparsity 0.5", "exclude each other"),
     ("--relora 8 --mup_base_width 16", "exclude each other"),
     ("--galore 8 --galore_per_layer --compile", "--galore_per_layer", "--no_compile"),
-    ("--galore 8 --galore_per_layer --micro_batch 2", "--galore_per_layer", "--batch_tokens"),
+    ("--galore 8 --galore_per_layer --micro_batch 2", "--galore_per_layer", "lower the batch"),
     ("--generate hello", "--generate needs --checkpoint"),
     ("--generate hello --checkpoint nowhere.pt", "nowhere.pt"),
     ("--resume nowhere.pt", "nowhere.pt"),
@@ -130,7 +133,7 @@ def test_ranks_that_do_not_divide_the_rows(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     check_refused(run(flags(folder)), "3 processes", "8 rows")
     monkeypatch.setenv("WORLD_SIZE", "4")  # 4 divide the batches, but not the validation rows
-    check_refused(run(flags(folder, batch_tokens=(256, 128), val_tokens=576)), "4 processes", "18")
+    check_refused(run(flags(folder, val_tokens=576)), "4 processes", "18")
 
 
 def other_value(field):
@@ -140,11 +143,13 @@ def other_value(field):
         preset=("laptop", ""),
         n_head=(2, ""),
         n_embd=(24, ""),
-        window=((8, 16), "--window_pattern SL"),
-        window_pattern=("LS", "--window 8"),
+        window=((8, 16), ""),
+        short_window=((8, 16), "--window 9"),
+        key_offset=(True, "--half_rotary"),
         ngram_rows=(7, "--ngram 3"),
         batch_tokens=((64, 128), "--seq_len 32 --val_tokens 32"),
         val_tokens=(2048, ""),
+        val_seq_len=(2048, ""),
         seq_len=(64, ""),
         lr_factor=((0.5, 2.0), ""),
         lr_ngram=(0.5, "--ngram 3"),

@@ -159,8 +159,17 @@ def test_a_schedule_of_batches_reads_on_where_it_was(source):
     ],
 )
 def test_a_value_for_each_equal_stage(values, steps, expected):
-    assert [train_gpt.at_step(values, step, steps) for step in range(steps)] == expected
-    assert train_gpt.at_step(values, steps, steps) == expected[-1], "after the last update, too"
+    c = tiny(steps=steps, momentum_warmup=1)
+    assert [train_gpt.at_step(values, step, c) for step in range(steps)] == expected
+    assert train_gpt.at_step(values, steps, c) == expected[-1], "after the last update, too"
+
+
+def test_the_last_value_is_the_extensions():
+    """Where there are several; the others have equal shares of what comes before."""
+    c = tiny(steps=7, extension=3, momentum_warmup=1)
+    values = [train_gpt.at_step((1, 2, 9), step, c) for step in range(7)]
+    assert values == [1, 1, 2, 2, 9, 9, 9]
+    assert {train_gpt.at_step((4,), step, c) for step in range(8)} == {4}
 
 
 def test_spread_rows_reads_every_row_once_an_epoch(source):
@@ -185,6 +194,37 @@ def test_epochs_repeat_the_same_batches(spread, source):
         batches(source[0], spread_rows=spread, steps=steps - 1, epochs_allowed=allowed)
 
 
+def naive_documents(tokens, room, most):
+    """Rows of documents, each cut to `most` and to what is left of its row."""
+    rows, row, document = [], [], []
+    for token in [*tokens.tolist(), 256]:
+        if token == 256 and document:
+            row += document[:most][: room - len(row)]
+            document = []
+            if len(row) == room:
+                rows.append(row)
+                row = []
+        if document or token == 256:
+            document.append(token)
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("most", [7, 20, 1000])
+def test_rows_that_start_at_documents(most, tmp_path):
+    shards, expected = [], []
+    for number in range(2):
+        tokens = text(1500, number)
+        tokens[:: 31 + number] = 256
+        tokens[0] = 5  # what comes before the first document is not read
+        write_shard(tmp_path / f"train_{number}.bin", tokens)
+        expected.append(naive_documents(tokens, T + 1, most))
+    shards = Shards(f"{tmp_path}/train_*.bin", "train_files", T, most, 256)
+    rows = torch.cat(expected)
+    assert len(shards) == len(rows) > 20
+    assert torch.equal(shards.read(range(len(rows))), rows)
+    assert (rows[:, 0] == 256).all()
+
+
 # ----------------------------------------------------------------------------------- during the run
 def test_a_shard_cut_during_the_run_is_one_line(folder):
     def cut(run):
@@ -199,9 +239,9 @@ def test_the_same_batches_again_after_a_restart(folder, monkeypatch):
     """Two runs, and one that resumes, train on the same tokens step by step."""
     seen, forward_backward = [], train_gpt.forward_backward
 
-    def watch(run, inputs, targets):
+    def watch(run, inputs, targets, *rest):
         seen.append((inputs.clone(), targets.clone()))
-        return forward_backward(run, inputs, targets)
+        return forward_backward(run, inputs, targets, *rest)
 
     monkeypatch.setattr(train_gpt, "forward_backward", watch)
     runs = []
@@ -210,8 +250,7 @@ def test_the_same_batches_again_after_a_restart(folder, monkeypatch):
         if "resume" in extra:
             (extra["resume"],) = folder.glob("checkpoints/*/step_000005.pt")
         assert run(flags(folder, **extra)).code == 0
-        runs.append(seen[1:])  # the first is the warm-up's: random tokens
-    assert [len(batches) for batches in runs] == [12, 12, 7]
+        runs.append(seen[-7 if "resume" in extra else -12 :])  # before them, the warm-up's
     plan = batches(folder)
     expected = [train_gpt.split(plan.batch_at(step), torch.device("cpu")) for step in range(12)]
     for batches_seen in runs:

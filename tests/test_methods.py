@@ -32,7 +32,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def advance(made: tg.Run, steps: int, hooks=True) -> tg.Run:
     for _ in range(steps):
         tg.set_stage(made)
-        tg.forward_backward(made, *batch(made.step))
+        tg.forward_backward(made, *batch(made.step), made.micro[4])
         tg.update(made)
         made.step += 1
         if hooks:
@@ -130,7 +130,7 @@ def test_relora_wrap_leaves_logits_unchanged_and_freezes_the_matrices():
 def test_relora_first_step_after_the_wrap_reaches_every_B():
     made = relora(3)
     tg.set_stage(made)
-    tg.forward_backward(made, *batch(3))
+    tg.forward_backward(made, *batch(3), 4)
     for name, layer in tg.adapters(made.model).items():
         assert layer.B.grad.norm() > 0 and layer.A.any() and layer.weight.grad is None, name
         assert layer.A.abs().max() <= layer.n_in**-0.5
@@ -352,7 +352,7 @@ def test_galore_inner_optimizer_is_the_flag():
 def test_galore_projection_follows_the_gradient_although_matrices_start_at_zero():
     """P must not stay what zero gradients gave it for a whole interval."""
     made = advance(build(galore=4, galore_interval=20), 5)
-    tg.forward_backward(made, *batch(5))
+    tg.forward_backward(made, *batch(5), 4)
     for optimizer in made.optimizers:
         if optimizer.weights.ndim == 3:
             g, P = optimizer.grads, optimizer.state["P"]
@@ -380,7 +380,7 @@ def test_galore_per_layer_frees_every_gradient():
     before = weights(made)
     tg.set_stage(made)
     for step in range(2):  # behind the zero head the first gradients are zero
-        tg.forward_backward(made, *batch(step))
+        tg.forward_backward(made, *batch(step), 4)
         assert all(p.grad is None for p in hidden(made).values()) and len(hidden(made)) == 12
         tg.update(made)
     after = weights(made)

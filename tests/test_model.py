@@ -8,7 +8,7 @@ import torch
 from helpers import CPU, same, tiny
 
 import train_gpt
-from train_gpt import GPT, attend, attention_mask, layer_windows, make_optimizers, rotate
+from train_gpt import GPT, attend, attention_mask, layer_plan, make_optimizers, rotate
 
 EOT, T = 256, 32
 EAGER_FLEX = "ignore:flex_attention called without torch.compile"
@@ -40,15 +40,15 @@ def naive_mask(tokens, window, doc_mask):
     for b, row in enumerate(tokens.tolist()):
         for q in range(T):
             for k in range(q + 1):
-                near = not window or q - k < window
+                near = not window or q - k <= window
                 same = not doc_mask or EOT not in row[k + 1 : q + 1]
                 mask[b, q, k] = near and same
     return mask
 
 
-def naive_attention(q, k, v, mask):
+def naive_attention(q, k, v, mask, scale=None):
     """Of one head, [B, T, head_dim]."""
-    scores = q @ k.mT / math.sqrt(q.size(-1))
+    scores = q @ k.mT * (scale or q.size(-1) ** -0.5)
     return torch.softmax(scores.masked_fill(~mask, -math.inf), -1) @ v
 
 
@@ -95,24 +95,25 @@ def plain_forward(model: GPT, tokens):
     for layer in range(c.n_layer):
         name = f"blocks.{layer}"
         if c.embed_residual:
-            x = w[f"{name}.lambdas"][0] * x + w[f"{name}.lambdas"][1] * x0
+            x = w[f"{name}.x_lambda"] * x + w[f"{name}.x0_lambda"] * x0
         q, k, v = (rms(x) @ w[f"{name}.attn.{m}.weight"].T for m in "qkv")
         v1 = v if v1 is None else v1
         if c.value_residual:
             share = w[f"{name}.attn.value_lambda"]
             v = (1 - share) * v + share * v1
-        letter = c.window_pattern[layer % len(c.window_pattern)]
-        mask = naive_mask(tokens, c.window[0] if letter == "S" else 0, c.doc_mask)
+        short = c.short_window[0] and layer in (0, 2)  # of four layers, 1 and 3 look back further
+        mask = naive_mask(tokens, c.short_window[0] if short else c.window[0], c.doc_mask)
         heads = []
         for h in range(c.n_head):
             qh, kh, vh = (t[..., h * head_dim : (h + 1) * head_dim] for t in (q, k, v))
             if c.qk_norm:
                 qh, kh = rms(qh), rms(kh)
-            heads.append(naive_attention(naive_rotary(qh), naive_rotary(kh), vh, mask))
+            q_and_k = naive_rotary(qh), naive_rotary(kh)
+            heads.append(naive_attention(*q_and_k, vh, mask, c.attention_scale))
         x = x + torch.cat(heads, -1) @ w[f"{name}.attn.o.weight"].T
         hidden = (rms(x) @ w[f"{name}.mlp.up.weight"].T).relu().square()
         x = x + hidden @ w[f"{name}.mlp.down.weight"]
-    logits = rms(x) @ (w["lm_head.weight"] if c.untie_head else w["wte.weight"]).T
+    logits = rms(x) @ w["lm_head.weight"].T
     return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
 
@@ -128,13 +129,14 @@ SWITCHES = {
     "no zero_init": dict(zero_init=False),
     "ngrams": dict(ngram=4, ngram_rows=50),
     "ngrams, documents": dict(ngram=3, ngram_rows=97, doc_mask=True),
-    "windows": dict(window=7, window_pattern="SL"),
+    "windows": dict(window=7),
+    "short and long windows": dict(n_layer=4, window=9, short_window=3),
+    "scale of the scores": dict(attention_scale=0.1),
+    "first values": dict(residual_scale=1.1, init_qkv=2.0, init_up=0.5),
     "documents": dict(doc_mask=True),
-    "documents, windows": dict(doc_mask=True, window=4, window_pattern="LS"),
+    "documents, windows": dict(n_layer=4, doc_mask=True, window=4, short_window=2),
     "one head": dict(n_head=1),
-    "documents, windows, flex": dict(
-        doc_mask=True, window=4, window_pattern="LS", attention="flex"
-    ),
+    "documents, windows, flex": dict(doc_mask=True, window=4, attention="flex"),
     "plain": dict(
         value_residual=False, embed_residual=False, untie_head=False, softcap=0.0, qk_norm=False
     ),
@@ -158,13 +160,9 @@ def test_forward_is_the_plain_form(switch):
 
 def test_off_leaves_nothing_behind():
     on = dict(make().named_parameters())
-    assert sum("lambda" in name for name in on) == 4
+    assert sum("lambda" in name for name in on) == 6
     off = make(value_residual=False, embed_residual=False).named_parameters()
     assert not any("lambda" in name for name, _ in off)
-    tied = make(untie_head=False)
-    assert tied.lm_head.weight is tied.wte.weight
-    assert "lm_head.weight" not in dict(tied.named_parameters())
-    assert make().lm_head.weight is not make().wte.weight
     assert "rotary" not in "".join(make().state_dict()), "its tables are no weights"
 
 
@@ -194,8 +192,8 @@ def test_first_loss_is_that_of_a_uniform_guess():
     [
         dict(),
         dict(doc_mask=True),
-        dict(window=5, window_pattern="S"),
-        dict(doc_mask=True, window=5, window_pattern="SL"),
+        dict(window=4),
+        dict(doc_mask=True, window=4),
         dict(ngram=4, doc_mask=True),
     ],
     ids=str,
@@ -213,8 +211,8 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
             may_move[row, at:] = True
             if c.doc_mask:
                 may_move &= document == document[row, at]
-            if c.window_pattern == "S":  # two layers, each 4 back
-                may_move[row, at + 2 * (5 - 1) + 1 :] = False
+            if c.window[0]:  # two layers, each 4 back
+                may_move[row, at + 2 * 4 + 1 :] = False
             assert moved[~may_move].max() < 1e-6, "changed where it must not"
             assert moved[may_move].min() > 1e-5, "did not change where it must"
 
@@ -226,12 +224,12 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
 def test_backends_against_a_naive_mask(attention, window, doc_mask):
     config, tokens = tiny(attention=attention, doc_mask=doc_mask), some_tokens()
     q, k, v = torch.randn(3, 2, T, 3, 16, generator=torch.Generator().manual_seed(1))
-    mask = attention_mask(tokens, window, config)
-    y, by_rule = attend(q, k, v, mask), naive_mask(tokens, window, doc_mask)
+    mask = attention_mask((tokens == EOT).cumsum(1), window, config)
+    y, by_rule = attend(q, k, v, mask, 0.25), naive_mask(tokens, window, doc_mask)
     for head in range(3):
         expected = naive_attention(q[:, :, head], k[:, :, head], v[:, :, head], by_rule)
         torch.testing.assert_close(y[:, :, head], expected, atol=1e-5, rtol=0)
-    needed = doc_mask or window not in (0, 32, 100)
+    needed = doc_mask or window not in (0, 31, 32, 100)
     assert (mask is not None) == needed, "plain causal attention needs no mask"
     if needed:
         assert isinstance(mask, train_gpt.BlockMask) == (attention == "flex")
@@ -249,19 +247,71 @@ def test_ngrams_spread_over_their_table():
     assert all(not table.weight.any() for table in model.ngrams), "they start at zero"
 
 
-def test_windows_of_layers_and_stages():
-    assert layer_windows(tiny(n_layer=5, window=9, window_pattern="SSL"), 9) == [9, 9, 0, 9, 9]
-    assert layer_windows(tiny(n_layer=3), 0) == [0, 0, 0]
-    model = make(window=(4, 8, 0), window_pattern="SL")  # 12 steps
-    for step, window in ((0, 4), (3, 4), (4, 8), (8, 0), (12, 0)):
+RECIPE = dict(  # every piece of the recipe of January 2026, on four layers
+    n_layer=4,
+    value_residual=False,
+    tied_share=0.5,
+    bigram_rows=97,
+    **dict.fromkeys("value_embeds smear middle_skip backout attention_gate".split(), True),
+    **dict.fromkeys("attention_factors paired_heads key_offset half_rotary".split(), True),
+    **dict.fromkeys("yarn sigmoid_softcap multi_token doc_mask".split(), True),
+    window=(6, 12, 16),
+    short_window=(3, 6, 8),
+)
+
+
+@pytest.mark.parametrize("step", [0, 11])
+def test_no_piece_of_the_recipe_looks_ahead_or_at_another_row(step):
+    """Documents may see one another: of their neighbours' last token, smear and offset keys do."""
+    model, tokens = stir(make(**RECIPE)).eval(), some_tokens()
+    model.set_stage(step)
+    with torch.no_grad():
+        before = model(tokens)
+        for row, at in ((0, 3), (0, 19), (1, 10), (1, 30)):
+            other = tokens.clone()
+            other[row, at] = (other[row, at] + 1) % EOT
+            moved = (model(other) - before).abs().amax(-1)
+            assert moved[1 - row].max() < 1e-6 and moved[row, :at].max() < 1e-6
+            assert moved[row, at] > 1e-5
+    model.train()
+    targets = some_tokens(seed=1)
+    assert model(tokens, targets) > 0
+
+
+def test_later_tokens_are_predicted_in_training_only():
+    """By weights that fade; validation is the plain mean cross-entropy."""
+    model, tokens, targets = stir(make(**RECIPE)), some_tokens(), some_tokens(seed=1)
+    for step, weights in ((0, (1, 0.5, 0.25)), (2, (1, 0.5, 0.125)), (6, (1, 0.25)), (9, (1,))):
         model.set_stage(step)
-        assert model.windows == [window, 0]
+        with torch.no_grad():
+            logp = torch.log_softmax(model(tokens).double(), -1)
+            losses = [-logp.gather(-1, targets[..., None])[..., 0].sum()]
+            for k in (1, 2):
+                picked = logp[:, :-k].gather(-1, targets[:, k:, None])
+                losses.append(-picked.sum())
+            expected = sum(w * x for w, x in zip(weights, losses, strict=False)) / targets.numel()
+            assert model.train()(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+            plain = losses[0] / targets.numel()
+            assert model.eval()(tokens, targets).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_windows_of_layers_and_stages():
+    plan = layer_plan(tiny(n_layer=4, window=9, short_window=3))
+    assert [layer.long for layer in plan] == [False, True, False, True]
+    assert all(layer.long for layer in layer_plan(tiny(n_layer=4, window=9)))
+    model = make(window=(4, 8, 0), final_window=20)  # 12 steps
+    for step, window in ((0, 4), (3, 4), (4, 8), (8, 0), (11, 0), (12, 20)):
+        model.set_stage(step)
+        assert model.windows == (window, window)
 
 
 # ---------------------------------------------------------------------------------- rotary, QK-norm
 def test_rotary_keeps_norms_and_tells_relative_positions():
     generator = torch.Generator().manual_seed(0)
-    rotary = functools.partial(rotate, tables=train_gpt.rotary_tables(T, 16))
+    frequencies, scale = train_gpt.rotary_at(0, tiny())
+    assert scale == 16**-0.5
+    tables = train_gpt.rotary_tables(frequencies, torch.arange(T).unsqueeze(1))
+    rotary = functools.partial(rotate, tables=tables)
     x = torch.randn(2, T, 3, 16, generator=generator)
     assert torch.allclose(rotary(x).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
     assert torch.allclose(rotary(x)[:, 0], x[:, 0]), "position 0 does not turn"
@@ -294,7 +344,8 @@ def test_first_values_depend_on_seed_and_name_alone(switch):
     assert same(dict(model.named_parameters()), dict(again.named_parameters()))
     for name in ("wte.weight", "blocks.0.attn.q.weight"):
         assert not torch.equal(model.get_parameter(name), other.get_parameter(name))
-    drawn = [p.flatten()[:1024] for p in model.parameters() if p.numel() >= 1024 and p.any()]
+    own = [p for name, p in model.named_parameters() if name != "lm_head.weight"]  # may be wte's
+    drawn = [p.flatten()[:1024] for p in own if p.numel() >= 1024 and p.any()]
     pairs = [(a, b) for i, a in enumerate(drawn) for b in drawn[:i]]
     assert not any(torch.equal(a, b) for a, b in pairs), "two parameters got the same numbers"
 
@@ -311,8 +362,8 @@ def test_every_parameter_is_in_exactly_one_optimizer(switch):
 def test_a_parameter_without_a_group_is_named():
     run = train_gpt.build(tiny(), CPU)
     run.model.gate = torch.nn.Module()
-    run.model.gate.weight = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(KeyError, match="gate.weight.*make_optimizers"):
+    run.model.gate.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(KeyError, match="no optimizer trains gate.weight"):
         make_optimizers(run)
 
 
@@ -327,7 +378,35 @@ def test_scales_of_the_first_values():
         assert weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.03), name
         assert abs(weight.mean().item()) < 0.05 * fan_in**-0.5
     assert [block.attn.value_lambda.item() for block in model.blocks] == [0.5, 0.5]
-    assert [block.lambdas.tolist() for block in model.blocks] == [[1, 0], [1, 0]]
+    assert [block.x_lambda.item() for block in model.blocks] == [1, 1]
+    assert [block.x0_lambda.item() for block in model.blocks] == [0, 0]
+    wide = make(init_qkv=2.0, init_up=0.5, residual_scale=1.1, n_embd=128)
+    for name, bound in (("attn.v", 2.0), ("mlp.up", 0.5)):
+        largest = wide.get_parameter(f"blocks.1.{name}.weight").abs().max().item()
+        assert largest == pytest.approx(bound * 128**-0.5, rel=0.01)
+    assert wide.blocks[1].x_lambda.item() == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_tied_weights_are_one_until_they_part(share):
+    """By both gradients and lm_head's rate, whatever wte's is; after the share each its own."""
+    changes = dict(tied_share=share) if share else dict(untie_head=False)
+    run = train_gpt.build(tiny(**changes, steps=8), CPU)
+    run.optimizers, w = make_optimizers(run), run.model.lm_head.weight.detach().clone()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for run.step in range(8):
+        train_gpt.set_stage(run)
+        train_gpt.forward_backward(run, some_tokens(), some_tokens(seed=1), 2)
+        g = run.model.wte.weight.grad + run.model.lm_head.weight.grad
+        train_gpt.update(run)
+        c, n = run.config, run.step + 1
+        bias = 1 - c.beta1**n, 1 - c.beta2**n
+        u = train_gpt.adam_update(g, m, v, c.beta1, c.beta2, c.adam_eps, *map(torch.tensor, bias))
+        w -= c.lr_head * train_gpt.lr_at(run.step, c) * u
+        tied = not share or n <= 5
+        assert torch.equal(run.model.wte.weight, run.model.lm_head.weight) == tied
+        if tied:
+            torch.testing.assert_close(run.model.lm_head.weight.data, w, rtol=0, atol=1e-5)
 
 
 def test_zero_init():
@@ -349,7 +428,7 @@ def test_flops_per_token_by_hand():
     forward = 2 * matrices + 2 * attention
     flops = train_gpt.flops_per_token
     assert flops(make()) == flops(make(untie_head=False)) == 3 * forward  # backward: twice as much
-    short = 2 * matrices + 2 * 2 * 32 * (16 + 4)
-    assert flops(make(window=4, window_pattern="SL")) == 3 * short
-    assert flops(make(window=(0, 4), window_pattern="SL")) == 3 * (forward + short) / 2
+    short = 2 * matrices + 2 * 2 * 2 * 32 * 4
+    assert flops(make(window=4)) == 3 * short
+    assert flops(make(window=(0, 4))) == 3 * (forward + short) / 2
     assert flops(make(ngram=3)) == 3 * forward, "tables are looked up"

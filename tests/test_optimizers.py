@@ -159,11 +159,10 @@ def test_each_group_has_its_rule_and_rate():
     optimizers = built(ngram=3, ngram_rows=9, **rates).optimizers
     found = {name: (type(o), o.lr) for o in optimizers for name in o.named}
     assert found["wte.weight"] == (Adam, 0.1) and found["lm_head.weight"] == (Adam, 0.2)
-    assert found["blocks.0.lambdas"] == found["blocks.1.attn.value_lambda"] == (Adam, 0.3)
+    assert found["blocks.0.x_lambda"] == found["blocks.1.attn.value_lambda"] == (Adam, 0.3)
+    assert found["blocks.1.x0_lambda"] == (Adam, 0.3)
     assert found["blocks.0.attn.q.weight"] == found["blocks.1.mlp.down.weight"] == (Muon, 0.4)
     assert found["ngrams.0.weight"] == found["ngrams.1.weight"] == (Adagrad, 0.5)
-    tied = built(untie_head=False, lr_head=0.2).optimizers
-    assert [o.lr for o in tied if "wte.weight" in o.named] == [0.2]
     run = built(matrix_optimizer="adam", lr_adam=0.004)
     matrices = [o for o in run.optimizers if o.weights.ndim == 3]
     assert sum(len(o.named) for o in matrices) == 6 * run.config.n_layer
@@ -244,7 +243,6 @@ def test_a_whole_state_there_and_back(method):
     def trained(steps):
         run = train_gpt.build(train_gpt.resolve(tiny(**changes), CPU.device), CPU)
         run.optimizers = train_gpt.make_optimizers(run)
-        run.micro = {8: 8}
         advance(run, steps)
         return run
 
@@ -252,7 +250,7 @@ def test_a_whole_state_there_and_back(method):
         for _ in range(steps):
             train_gpt.set_stage(run)
             tokens = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(run.step))
-            train_gpt.forward_backward(run, tokens[:, :-1], tokens[:, 1:])
+            train_gpt.forward_backward(run, tokens[:, :-1], tokens[:, 1:], 8)
             train_gpt.update(run)
             run.step += 1
             for hook in run.methods:
@@ -298,8 +296,10 @@ def test_learning_rate():
     floor = rates([0, 75, 85, 99], cooldown=0.25, lr_floor=0.1)
     assert floor == pytest.approx([1, 1, 0.1 + 0.9 * 0.6, 0.1 + 0.9 / 25])
     assert rates(range(100), cooldown=0.0) == [1.0] * 100
-    staged = rates([0, 49, 50, 99], cooldown=0.0, lr_factor=(1.0, 1.5))
-    assert staged == [1.0, 1.0, 1.5, 1.5]
+    staged = rates([0, 49, 50, 51, 99], cooldown=0.0, lr_factor=(1.0, 1.5))
+    assert staged == [1.0, 1.0, 1.0, 1.5, 1.5], "a rate joins one update late"
+    extended = rates([0, 75, 95, 99], cooldown=0.5, extension=20, lr_floor=0.1)
+    assert extended == pytest.approx([1, 5 / 40 + 0.1 * 35 / 40, 0.1, 0.1])
     both = rates([80], cooldown=0.4, lr_factor=(1.0, 2.0))
     assert both == pytest.approx([2 * 20 / 40])
 
@@ -319,6 +319,8 @@ def test_momentum():
     assert at(1, tiny(momentum_warmup=1)) == pytest.approx(0.95)
     never_above = [at(step, tiny(momentum=0.5)) for step in (0, 3, 100)]
     assert never_above == pytest.approx([0.5] * 3)
+    falling = [at(step, tiny(momentum_warmup=1, momentum_cooldown=4)) for step in range(12)]
+    assert falling == pytest.approx([0.85] + [0.95] * 8 + [0.925, 0.9, 0.875])
 
 
 def test_relora_schedule_is_jagged():

@@ -34,7 +34,7 @@ FACTS = "run_id python torch cuda device cpu world_size argv source_sha256 data_
 KEYS = f"""{FACTS} preset seed steps tokens val_loss target_val_loss target_reached train_time_ms
     step_avg_ms warmup_ms peak_memory_bytes param_count optimizer_state_bytes"""
 STAGES = dict(  # a border after steps 4 and 8 of the batch, after 6 of the window and of the rate
-    batch_tokens=(128, 256, 512), window=(8, 16), window_pattern="SL", lr_factor=(1.0, 0.5)
+    batch_tokens=(128, 256, 512), window=(8, 16), lr_factor=(1.0, 0.5)
 )
 CLOSING = r"val_loss (\d\.\d{4}), target 6.0000 reached by (\d\.\d{4}) in \d+\.\d s of training.*"
 
@@ -141,7 +141,7 @@ def test_argv_in_the_log_runs_it_again(plain, tmp_path):
 def test_micro_batches_accumulate_to_the_same_update(plain, place):
     for micro in (1, 2):
         outcome = run(place(micro_batch=micro))
-        assert f"micro-batches {{{micro}: {micro}, 8: {micro}}}" in outcome.out
+        assert f"micro-batches {{8: {micro}}}" in outcome.out
         for ours, theirs in zip(outcome.losses(), plain.losses(), strict=True):
             assert ours[:2] == theirs[:2] and abs(float(ours[2]) - float(theirs[2])) < 2e-3
         for name, tensor in plain.weights.items():
@@ -154,8 +154,7 @@ def test_accumulated_gradients_are_those_of_the_batch():
     for micro, ranks in ((8, 1), (4, 1), (1, 1), (2, 4)):
         runtime = train_gpt.Runtime(torch.device("cpu"), 0, ranks)
         ran = train_gpt.build(config, runtime)
-        ran.micro = {8: micro}
-        loss = train_gpt.forward_backward(ran, x, y)
+        loss = train_gpt.forward_backward(ran, x, y, micro)
         assert loss.item() * ranks == pytest.approx(ran.model(x, y).item(), abs=1e-5)
         grads.append({name: p.grad * ranks for name, p in ran.model.named_parameters()})
     for other in grads[1:]:
@@ -167,7 +166,7 @@ def test_accumulated_gradients_are_those_of_the_batch():
     [
         dict(bf16=True),
         dict(matrix_optimizer="adam"),
-        dict(doc_mask=True, window=8, window_pattern="SL"),
+        dict(doc_mask=True, window=8),
         dict(ngram=3, ngram_rows=99, normuon=0.9, lr_floor=0.1),
         dict(value_residual=False, embed_residual=False, untie_head=False, softcap=0.0),
         dict(qk_norm=False, zero_init=False),
@@ -191,20 +190,22 @@ def test_schedules_are_lists(place):
 
     sizes, forward_backward = [], train_gpt.forward_backward
 
-    def measure(run, inputs, targets):
+    def measure(run, inputs, *rest):
         sizes.append(inputs.numel())
-        return forward_backward(run, inputs, targets)
+        return forward_backward(run, inputs, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "update", watch)
         patch.setattr(train_gpt, "forward_backward", measure)
         outcome = run(place(**STAGES, cooldown=0))
     assert sizes[-12:] == [128] * 4 + [256] * 4 + [512] * 4
-    assert seen[-12:] == [([8, 0], {1.0})] * 6 + [([16, 0], {0.5})] * 6
+    rates = [1.0] * 7 + [0.5] * 5  # a rate joins one update late
+    windows = [(8, 8)] * 6 + [(16, 16)] * 6
+    assert seen[-12:] == [(w, {rate}) for w, rate in zip(windows, rates, strict=True)]
     assert outcome.result()["tokens"] == 4 * (128 + 256 + 512)
     assert outcome.result()["config"]["window"] == [8, 16]
     assert sorted(set(sizes[:-12])) == [128, 256, 512], "the warm-up runs every size"
-    assert {tuple(windows) for windows, _ in seen[:-12]} == {(8, 0), (16, 0)}, "and every window"
+    assert {windows for windows, _ in seen[:-12]} == {(8, 8), (16, 16)}, "and every window"
 
 
 # -------------------------------------------------------------------------------------- the clock
@@ -227,7 +228,8 @@ def test_the_clock_counts_training_alone(place, monkeypatch):
     outcome = run(place(checkpoint_every=4))
     result = outcome.result()
     assert (result["train_time_ms"], result["step_avg_ms"]) == (12000, 1000)
-    assert result["warmup_ms"] == 10_501_000  # it makes optimizers and runs forward_backward once
+    forms = result["warmup_ms"] / 1000 - 10_500  # it makes optimizers, and runs each form once
+    assert forms in (1, 2, 3)
     assert "step:5/12 val_loss" in outcome.log
     assert "train_time:5000ms step_avg:1000.00ms" in outcome.log
 
@@ -244,7 +246,7 @@ def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
     "changes",
     [
         dict(batch_tokens=(128, 256), relora=4, relora_warm_start=3, relora_interval=3, lawa=2),
-        dict(batch_tokens=(128, 256, 512), window=(8, 12, 16, 20), window_pattern="SL"),
+        dict(batch_tokens=(128, 256, 512), window=(8, 12, 16, 20)),
         dict(galore=4, galore_inner="muon", normuon=0.9, galore_interval=2, galore_bits=8),
     ],
     ids=["relora, lawa", "more forms than Dynamo's limit", "galore"],
@@ -428,7 +430,6 @@ def test_validation_is_in_eval_mode_and_sees_every_token_once(place, data):
     """Dropout in a fork must be off; the mean is over the first val_tokens tokens."""
     modes = []
     ran = train_gpt.build(tiny(zero_init=False), CPU)
-    ran.rows = 8
     ran.model.lm_head.register_forward_hook(lambda head, *rest: modes.append(head.training))
     val = train_gpt.Shards(f"{data}/val_*.bin", "val_files", 32)
     losses = []
