@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -168,6 +169,7 @@ def run(argv: list[str]) -> Outcome:
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     with (
+        warnings.catch_warnings(action="ignore"),  # torchrun's `record` wants a real stderr
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         mock.patch.object(train_gpt, "result_of", keep_weights),
