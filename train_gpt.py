@@ -969,8 +969,10 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 @functools.cache
 def compiled(function, on):
     """Once in the life of the process, for every shape and form that the function meets."""
+    if not on:
+        return function
     torch._dynamo.config.recompile_limit = 256  # from the ninth on it would run uncompiled
-    return torch.compile(function, dynamic=False) if on else function
+    return torch.compile(function, dynamic=False)
 
 
 class Optimizer:
