@@ -763,10 +763,8 @@ class CausalSelfAttention(nn.Module):
         q = self.q(h).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
         k = self.k(h).unflatten(-1, heads)
         v = self.v(h).unflatten(-1, heads)
-        if (
-            self.value_lambda is not None
-        ):  # value residual, arXiv 2410.17897; λ learned (Grad62304977)
-            v1 = shared.setdefault("v1", v)
+        if self.value_lambda is not None:
+            v1 = shared.setdefault("v1", v)  # arXiv 2410.17897; λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
         if layer.table is not None:
             values = shared["values"][layer.table].unflatten(-1, heads)
@@ -812,9 +810,7 @@ class Block(nn.Module):
         self.bigram_lambda = nn.Parameter(torch.tensor(0.1)) if c.bigram_rows else None
 
     def forward(self, x, shared):
-        if (
-            self.x_lambda is not None
-        ):  # embedding residual, record of 6 November 2024 (Grad62304977)
+        if self.x_lambda is not None:  # record of 6 November 2024 (Grad62304977)
             x = self.x_lambda.to(x.dtype) * x + self.x0_lambda.to(x.dtype) * shared["x0"]
         if self.bigram_lambda is not None:
             x = x + self.bigram_lambda.to(x.dtype) * shared["bigrams"]
@@ -855,25 +851,27 @@ class GPT(nn.Module):
             if tied:
                 self.lm_head.weight.copy_(self.wte.weight)
         self.register_buffer("predictions", prediction_weights(c), persistent=False)
+        self.register_buffer("rotary", None, persistent=False)  # they change with the window
+        self.register_buffer("paired_rotary", None, persistent=False)
         self.set_stage(0)
 
     def set_stage(self, step):
         """Take the form that update `step`, 0-based, trains; c.steps: of the last validation."""
         c, last = self.config, min(step, self.config.steps - 1)
+        self.ahead = self.predictions[last, : predictions_at(last, c)]
         window, short = at_step(c.window, last, c), at_step(c.short_window, last, c)
         if step == c.steps and c.final_window:
             window = c.final_window
-        weights = self.predictions[last]
-        self.ahead = weights[: 1 + 2 * (3 * step < 2 * c.steps)] if c.multi_token else weights[:1]
-        if self.windows != (window, short):
-            frequencies, self.scale = rotary_at(last, c)
-            places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
-            paired = 2 * places + torch.arange(c.n_head) % 2 if c.paired_heads else places
-            tables = [
-                rotary_tables(frequencies, p).to(self.predictions.device) for p in (places, paired)
-            ]
-            self.rotary = tables
+        if self.windows == (window, short or window):
+            return
         self.windows = window, short or window
+        frequencies, self.scale = rotary_at(last, c)
+        places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
+        self.rotary = rotary_tables(frequencies, places).to(self.predictions.device)
+        if c.paired_heads:
+            taking_turns = 2 * places + torch.arange(c.n_head) % 2
+            tables = rotary_tables(frequencies, taking_turns)
+            self.paired_rotary = tables.to(self.predictions.device)
 
     def forward(self, tokens, targets=None):
         c = self.config
@@ -885,12 +883,12 @@ class GPT(nn.Module):
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
             x = x + self.smear_lambda.to(x.dtype) * self.smear_gate(x) * before
         x = norm(x)
-        shared = dict(x0=x, scale=self.scale, rotary=self.rotary, masks={}, values=[])
-        for layer in self.plan:
-            doubled = docs.repeat_interleave(2, dim=1) if layer.paired else docs
-            key, window = (layer.long, layer.paired), self.windows[not layer.long]
-            if key not in shared["masks"]:
-                shared["masks"][key] = attention_mask(doubled, window, c)
+        rotary = self.rotary, self.paired_rotary
+        shared = dict(x0=x, scale=self.scale, rotary=rotary, masks={})  # by all blocks
+        for long, paired in {(layer.long, layer.paired) for layer in self.plan}:
+            places = docs.repeat_interleave(2, dim=1) if paired else docs
+            mask = attention_mask(places, self.windows[not long], c)
+            shared["masks"][long, paired] = mask
         if c.bigram_rows:
             shared["bigrams"] = self.bigrams(bigram_rows(tokens, c.bigram_rows))
         if c.value_embeds:
@@ -898,10 +896,8 @@ class GPT(nn.Module):
         outputs = []
         for block, layer in zip(self.blocks, self.plan, strict=True):
             if layer.skip is not None:
-                gate = (
-                    2 * torch.sigmoid(self.skip_lambda).to(x.dtype) * self.skip_gate(shared["x0"])
-                )
-                x = x + gate * outputs[layer.skip]
+                factor = 2 * torch.sigmoid(self.skip_lambda).to(x.dtype)
+                x = x + factor * self.skip_gate(shared["x0"]) * outputs[layer.skip]
             x = block(x, shared)
             outputs.append(x)
         if c.backout:
@@ -937,6 +933,11 @@ def prediction_weights(c):
     second = torch.where(thirds < 1, 0.5, 0.5 * (2 - thirds).clamp(min=0))
     third = 0.25 * (1 - thirds).clamp(min=0)
     return torch.stack((torch.ones(c.steps), second, third), dim=1)
+
+
+def predictions_at(step, c):
+    """How many of them have a weight at update `step`."""
+    return max(1, 3 - 3 * step // (c.steps - c.extension)) if c.multi_token else 1
 
 
 def flops_per_token(model):
@@ -1165,10 +1166,7 @@ def is_matrix(name, p):
 
 def group_of(name, p):
     """The optimizer group of a parameter that is no hidden matrix."""
-    first, *_, last = (
-        name.removesuffix(".weight").split(".")[0],
-        name.removesuffix(".weight").split(".")[-1],
-    )
+    first, last = name.partition(".")[0], name.rpartition(".")[2]
     if first in ("bigrams", "value_embeds"):
         return "tables"
     if last == "x0_lambda":
@@ -1270,8 +1268,9 @@ def forms(c):
     first = {}
     for step in range(c.steps):
         lists = (c.batch_tokens, c.window, c.short_window)
-        form = *(at_step(values, step, c) for values in lists), 3 * step < 2 * c.steps
-        first.setdefault((form, c.relora and step >= c.relora_warm_start), step)
+        form = [at_step(values, step, c) for values in lists]
+        wrapped = c.relora and step >= c.relora_warm_start
+        first.setdefault((*form, predictions_at(step, c), wrapped), step)
     return [*first.values(), c.steps]
 
 
