@@ -87,7 +87,7 @@ class Config:
     steps: int = 3242  # optimizer updates
     seed: int = 0  # of the initial weights and everything random
     target: float = 3.28  # validation loss to reach, nats per token
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
     # data
     batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
@@ -452,10 +452,12 @@ HEADER_BYTES = (
 class Shards:
     """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
     names; none crosses from shard to shard. A row shares its last token with the next one, or, with
-    max_document, starts at a document; mark: the token that stands before each."""
+    max_document, starts at a document; mark: the token that stands before each, the vocabulary's
+    last."""
 
     def __init__(self, pattern: str, flag: str, seq_len: int, max_document: int = 0, mark: int = 0):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
+        self.mark = mark
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
         self.packed = []  # of each shard: rows of documents, as (start, tokens)
@@ -469,8 +471,8 @@ class Shards:
         return int(self.first[-1])
 
     def read(self, numbers) -> Tensor:
-        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut
-        short."""
+        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut short,
+        or is of another vocabulary."""
         rows = []
         for number in numbers:
             shard = np.searchsorted(self.first, number, side="right") - 1
@@ -481,6 +483,8 @@ class Shards:
             tokens = [read_shard(path, start, count) for start, count in parts]
             rows.append(np.concatenate(tokens))
             refuse(len(rows[-1]) <= self.seq_len, f"{path}: cut short during the run")
+            foreign = self.mark and rows[-1].max() > self.mark
+            refuse(foreign, f"{path}: holds tokens beyond --vocab_size {self.mark + 1}")
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -517,7 +521,8 @@ def shard_tokens(path):
     """Tokens in a shard. Errors: UserError if it is no file, or not as long as its header says."""
     regular = os.path.isfile(path)  # a pipe would block
     header = np.fromfile(path, "<i4", 3).tolist() if regular else None
-    whole = header == [20240520, 1, os.path.getsize(path) // 2 - HEADER_BYTES // 2]
+    size = os.path.getsize(path) if regular else 0
+    whole = header == [20240520, 1, size // 2 - HEADER_BYTES // 2]
     refuse(
         not whole or header[2] == 0, f"{path}: not a whole token shard; fetch or prepare it again"
     )
@@ -673,6 +678,7 @@ class Gate(Linear):
 
     def __init__(self, n_out):
         super().__init__(12, n_out, init=0.0)
+        self.weight.is_gate = True
 
     def forward(self, x):
         return torch.sigmoid(super().forward(x[..., :12]))
@@ -964,6 +970,7 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 @functools.cache
 def compiled(function, on):
     """Once in the life of the process, for every shape and form that the function meets."""
+    torch._dynamo.config.recompile_limit = 256  # from the ninth on it would run uncompiled
     return torch.compile(function, dynamic=False) if on else function
 
 
@@ -1058,9 +1065,12 @@ class Optimizer:
         there."""
         mine = {param: whole[f"{type(self).__name__} {param}"] for param in self.named}
         first = next(iter(mine.values()))
-        self.steps = first["steps"]
+        self.steps = int(first["steps"])
+        refuse(self.steps < 0, "updates below zero")
         for name in sorted(first.keys() - {"steps"}):
-            rows = self.stack({param: values[name] for param, values in mine.items()})
+            parts = {param: values[name] for param, values in mine.items()}
+            refuse([len(part) for part in parts.values()] != self.sizes, "rows are missing")
+            rows = self.stack(parts)
             self.state[name] = rows[self.mine].clone()
 
 
@@ -1161,7 +1171,7 @@ ADAM_TABLE = {
 
 def is_matrix(name, p):
     """Is this parameter one of the hidden matrices, which Muon and the methods train?"""
-    return name.startswith("blocks.") and p.ndim == 2 and not name.endswith("gate.weight")
+    return name.startswith("blocks.") and p.ndim == 2 and not getattr(p, "is_gate", False)
 
 
 def group_of(name, p):
@@ -1441,7 +1451,8 @@ def save_checkpoint(run):
             log.line(f"checkpoint: {path}")
         except OSError as error:
             log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
     run.runtime.exchange(None)  # the others wait here
 
 
@@ -1452,7 +1463,8 @@ def read_checkpoint(path):
         refuse(hashlib.sha256(data[:-32]).digest() != data[-32:], "wrong checksum")
         state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         dict(state["identity"]), Config(**state["config"])
-        refuse(min(state["step"], state["train_seconds"]) < 0, "it counts below zero")
+        counts = type(state["step"]) is int and state["step"] >= 0
+        refuse(not counts or not 0 <= state["train_seconds"] < math.inf, "it miscounts")
         return state
 
 
@@ -1517,10 +1529,10 @@ def eval_weights(run):
 
 
 def val_rows(run):
-    """Rows per forward pass of a validation: one shape, compiled once."""
-    c = run.config
+    """Rows per forward pass of a validation: one shape, known from the first stage on."""
+    c, first = run.config, next(iter(run.micro.values()))
     share = c.val_tokens // c.val_len // run.runtime.world_size
-    return largest_divisor(share, max(1, max(run.micro.values()) * c.seq_len // c.val_len))
+    return largest_divisor(share, max(1, first * c.seq_len // c.val_len))
 
 
 @torch.no_grad()
@@ -1542,10 +1554,11 @@ def evaluate(run, val):
 def load_model(path, device="cpu") -> GPT:
     """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
     state = read_checkpoint(path)
-    c = Config(**state["config"] | dict(attention="sdpa", compile=False))
-    run = build(c, Runtime(torch.device(device)))
-    run.load_state(state)
-    run.model.set_stage(run.step)
+    with blame(f"{path} does not fit this train_gpt.py"):
+        c = Config(**state["config"] | dict(attention="sdpa", compile=False))
+        run = build(c, Runtime(torch.device(device)))
+        run.load_state(state)
+        run.model.set_stage(run.step)
     swap(run.model, eval_weights(run))
     return run.model.eval()
 
@@ -1608,13 +1621,16 @@ def forward_backward(run, inputs, targets, micro):
 def update(run):
     """One optimizer update. All collectives are under way before the first is waited for."""
     due = [optimizer for optimizer in run.optimizers if (run.step + 1) % optimizer.every == 0]
-    if tied_at(run.step, run.config) and len(due) == len(run.optimizers):
-        wte, head = run.model.wte.weight.grad, run.model.lm_head.weight.grad
-        wte += head  # equal from the first, they stay equal
-        head.copy_(wte)
+    wte, head = run.model.wte.weight, run.model.lm_head.weight
+    tied = tied_at(run.step, run.config) and len(due) == len(run.optimizers)
+    if tied:
+        head.grad += wte.grad
+        wte.grad.copy_(head.grad)
     for stage in ("reduce", "step", "finish"):
         for optimizer in due:
             getattr(optimizer, stage)()
+    if tied:  # by lm_head's rate
+        wte.data.copy_(head.data)
 
 
 def set_stage(run):
@@ -1701,6 +1717,8 @@ def read_losses(run, late=0):
             event.synchronize()
         loss, stopping = host.tolist()
         check_loss(run, step, "train", loss)
+        if stopping:
+            late = 0  # the log that goes into the checkpoint is whole
     if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
 
@@ -1772,7 +1790,7 @@ def open_data(c, runtime):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
     or trained on, or where ranks differ."""
     shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
-    val = Shards(c.val_files, "val_files", c.val_len)
+    val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
     refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
     shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
@@ -1948,9 +1966,9 @@ class ReLoRA(Method):
     @torch.no_grad()
     def after_step(self, step, run):
         c, since = self.config, step - self.config.relora_warm_start
+        self.resume(step, run)  # at the end of the warm start
         if since < 0 or since % c.relora_interval or step == c.steps:
             return
-        self.resume(step, run)  # at the end of the warm start
         for name, layer in adapters(run.model).items():
             layer.weight.copy_(layer.merged())
             uniform_(layer.A, layer.n_in**-0.5, seeded(c.seed, "relora", step, name))
