@@ -1,8 +1,9 @@
-"""Run in an empty folder, beside a copy of the script: what load_model's model answers to the rows it is shown.
+"""What load_model's model answers to the rows it is shown: run beside a copy of the script.
 
-    python answer.py        reads plan.json and rows.npy, writes answers.bin; exit code 3: the script has no load_model
+    python answer.py    reads model.pt, plan.json and rows.npy, writes answers.bin
 
-Whatever is trusted is computed elsewhere: this process belongs to the script as soon as it is imported.
+Exit code 3: the script has no load_model. What is trusted is computed elsewhere: this process
+belongs to the script as soon as that is imported.
 """
 
 import json

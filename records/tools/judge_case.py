@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST = 2  # batches whose tokens the first update may depend on: its own, or one twice as large
 QUESTIONS = 1536  # positions at which the model is shown the prefix alone
 PROBED = 256  # rows on which models are compared where all would take too long
+REPEATED = 1.5  # times as far apart as two runs of the same, where these are not equal, is equal
 RUN_LOCAL = ("log_dir", "checkpoint_every", "checkpoint_dir", "train_files", "val_files")
 
 
@@ -54,7 +55,7 @@ def with_flags(flags: list[str], **values) -> list[str]:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and validation tokens, uint16, and the paths at which a run in a clone finds them."""
+    """Training and validation tokens, uint16, and the paths at which runs in a clone find them."""
 
     train: np.ndarray
     val: np.ndarray
@@ -170,7 +171,7 @@ class Case:
         self.other_val = corpus.other_val(self.rng)
         self.bytes = corpus.mark == shards.BYTE_VOCAB - 1
         self.options = dict(cuda=cuda, timeout=args.timeout)
-        self.trainings, self.scored, self.noise = [], {}, 0.0
+        self.trainings, self.scored, self.exact, self.noise = [], {}, True, 0.0
 
     # runs
 
@@ -206,10 +207,16 @@ class Case:
         for run in (self.first, self.early, self.reseeded):
             self.score(run, pick=lambda order: order[:PROBED])
         self.start(*self.trainings, *extra, self.prefix, *self.scored.values())
-        if self.cuda:  # there, no two runs are equal: how far apart are two of the same?
-            again = self.scored[self.again("base run again")]
-            if again.ok and self.scored[self.base].ok:
-                self.noise = 3 * np.abs(self.scored[self.base].value - again.value).mean()
+        if self.plain.ok and self.base.ok and self.plain.losses != self.base.losses:
+            self.repeat()
+
+    def repeat(self):
+        """Is the base run repeated bit for bit? If not, how far apart are two of the same?"""
+        again = self.again("base run again")
+        self.exact = again.losses == self.base.losses
+        scores = [self.scored[run] for run in (self.base, again)]
+        if not self.exact and all(score.ok for score in scores):
+            self.noise = REPEATED * float(np.abs(scores[0].value - scores[1].value).mean())
 
     def start(self, *jobs):
         run_all(jobs, at_once=1 if self.cuda else 2, say=self.say)

@@ -1,5 +1,5 @@
-"""The processes of a judged script: each in a folder of its own that holds what a user's would, in its own session, its
-log read while it grows and stamped by our clock. What they leave is taken into memory and the folder goes at once."""
+"""The processes of a judged script: each in a folder, a home and a session of its own, its log read
+while it grows and stamped by our clock. What they leave is taken into memory; the folder goes."""
 
 import contextlib
 import ctypes
@@ -44,7 +44,7 @@ class Line:
 
 
 def adopt_orphans():
-    """Processes that lose their parent become ours, so that none can hide (Linux; elsewhere sessions must do)."""
+    """Processes that lose their parent become ours, so that none can hide (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -69,12 +69,13 @@ def cpu_seconds(pid: int) -> float | None:
 
 
 class Job:
-    """One process of the script. fill(job): called when all `needs` are over, to set words and write into the folder."""
+    """One process of the script. fill(job): called when all `needs` are over; it sets the words of
+    the command and writes into the folder."""
 
     def __init__(self, name: str, script: bytes, fill, needs=(), cuda=False, timeout=3600.0):
         self.name, self.script, self.fill, self.needs = name, script, fill, needs
         self.cuda, self.timeout = cuda, timeout
-        self.process, self.over, self.why, self.left = None, False, "", []
+        self.process, self.home, self.over, self.why, self.left = None, None, False, "", []
         self.words: list[str] = []
         self.after = lambda: None  # called when it has ended well
 
@@ -93,7 +94,7 @@ class Job:
         own = runs.environment()
         env |= {name: own[name] for name in own if name.startswith(("OMP_", "MALLOC_"))}
         env |= {"HOME": str(self.home), "TMPDIR": str(self.home / "tmp"), "PWD": str(self.folder)}
-        self.began = time.monotonic()
+        self.began, self.computed = time.monotonic(), 0.0
         self.output = open(self.home / "output", "w+b")
         self.process = subprocess.Popen(
             [sys.executable, *self.words],
@@ -107,8 +108,10 @@ class Job:
 
     def spent(self) -> float:
         """Seconds of computing so far: processor time, or on CUDA all time."""
-        seconds = None if self.cuda else cpu_seconds(self.process.pid)
-        return time.monotonic() - self.began if seconds is None else seconds
+        if self.cuda:
+            return time.monotonic() - self.began
+        self.computed = cpu_seconds(self.process.pid) or self.computed  # it may be over
+        return self.computed
 
     def poll(self):
         """Look at the process; collects everything when it has ended."""
@@ -131,7 +134,11 @@ class Job:
         size = self.output.seek(0, os.SEEK_END)
         self.output.seek(max(0, size - 4000))
         lines = self.output.read().decode(errors="replace").strip().splitlines()
-        return printable(lines[-1] if lines else "it said nothing", 160)
+        return printable(lines[-1].strip() if lines else "it said nothing", 160)
+
+    def files(self, pattern: str) -> list[Path]:
+        """Regular files: to open a pipe would wait for its writer."""
+        return [path for path in self.folder.glob(pattern) if path.is_file()]
 
     def look(self, ended: bool) -> bool:
         """Called every tick; True: nothing more is wanted of the process."""
@@ -141,7 +148,7 @@ class Job:
         """Take what is wanted out of the folder."""
 
     def end(self):
-        """Kill the process, and its session with it; after one that ended by itself, end_strays() looks around."""
+        """Kill the process and its session. After one that ended by itself, see end_strays()."""
         if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -154,20 +161,23 @@ class Job:
             self.end()
         if self.process:
             self.output.close()
-        shutil.rmtree(self.home, ignore_errors=True)
+        if self.home:
+            shutil.rmtree(self.home, ignore_errors=True)
 
 
 class Training(Job):
     """A run of the script on given data. first: end it as soon as its first checkpoint is whole.
 
-    Afterwards: lines, log (bytes), run (logs.Run), checkpoint (bytes), touched (files of ours that it changed)."""
+    Afterwards: lines, log (bytes), run (logs.Run), checkpoint (bytes), touched (our files that it
+    changed)."""
 
     def __init__(self, name, script, flags, data: dict, needs=(), first=False, ranks=1, **options):
-        """data: {path in the folder: tokens}, or a callable that gives it once the needs are over"""
+        """data: {path in the folder: tokens}. It and flags may be callables, called when the needs
+        are over."""
         super().__init__(name, script, self.prepare, needs, **options)
         self.flags, self.data, self.first, self.ranks = flags, data, first, ranks
         self.lines, self.log, self.run, self.checkpoint, self.touched = [], b"", None, b"", []
-        self.log_file, self.held, self.parsed, self.first_saved = None, None, 0, None
+        self.held, self.parsed, self.first_saved = None, 0, None
         self.first_seen = None
 
     def prepare(self, job):
@@ -195,21 +205,21 @@ class Training(Job):
         # Whole when the next one is there; the open file outlives its name
         return self.held is not None and len(found) > 1
 
+    @property
+    def losses(self) -> dict[int, str]:
+        """{step: loss as written} of the lines of training batches."""
+        return {line.step: line.loss for line in self.lines if line.kind == "train"}
+
     def checkpoints(self) -> list[Path]:
-        paths = self.folder.glob("checkpoints/**/*.pt")
+        paths = self.files("checkpoints/**/*.pt")
         return sorted(paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
 
     def read_lines(self):
-        if not self.log_file:
-            paths = list(self.folder.glob("logs/*.txt"))
-            if not paths:
-                return
-            self.log_file = open(paths[0], "rb")
-        new = self.log_file.read()
-        if not new:
-            return
+        for path in self.files("logs/*.txt")[:1]:
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                file.seek(len(self.log))  # opened anew: it may have been replaced by a longer one
+                self.log += file.read()
         seen, spent = time.monotonic() - self.began, self.spent()
-        self.log += new
         source = self.script.rstrip(b"\n")
         begin = max(self.parsed, len(source) if self.log.startswith(source) else 0)
         self.parsed = self.log.rfind(b"\n") + 1
@@ -220,9 +230,8 @@ class Training(Job):
 
     def collect(self):
         self.read_lines()
-        paths = list(self.folder.glob("logs/*.txt"))
+        paths = self.files("logs/*.txt")
         if paths:
-            self.log = paths[0].read_bytes()
             self.run = logs.read_log(paths[0])[0]
         found = self.checkpoints()
         if self.held:
@@ -238,20 +247,16 @@ class Training(Job):
         if not self.why and not self.first and (self.run is None or not self.run.result):
             self.why = "its log has no result line" if paths else "it wrote no log into logs/"
 
-    def close(self):
-        if self.log_file:
-            self.log_file.close()
-        super().close()
-
 
 class Answers(Job):
-    """What the model of a training's checkpoint answers to rows of tokens, in a process that sees nothing else.
+    """What the model of a training's checkpoint answers to rows of tokens, in a process that sees
+    nothing else.
 
-    answer: "logits" [N, T, V], "position" [N, V] at one position of each row, or "losses" [N, T] of rows [N, T + 1].
-    Afterwards: value (what reduce makes of the answers), answering (seconds of computing)."""
+    answer: "logits" [N, T, V]; "position" [N, V], of one position of each row; or "losses" [N, T]
+    of rows [N, T + 1]. Afterwards: value, what reduce makes of the answers."""
 
     def __init__(self, name, training, ask, answer, reduce, **options):
-        """ask() -> rows, sizes of the batches, positions or None: called when the training is over"""
+        """ask() -> rows, sizes of batches, positions or None; called when the training is over."""
         super().__init__(name, training.script, self.prepare, (training,), **options)
         self.training, self.ask, self.answer, self.reduce = training, ask, answer, reduce
         self.value, self.began_answering = None, None
@@ -268,8 +273,7 @@ class Answers(Job):
         self.words, self.shape = ["answer.py"], rows.shape
 
     def look(self, ended: bool) -> bool:
-        path = self.folder / "answers.bin"
-        if path.exists() and not ended:
+        if self.files("answers.bin") and not ended:
             now = (self.spent(), time.monotonic())
             self.began_answering = self.began_answering or now
             self.answering, self.answering_seen = (
@@ -285,15 +289,16 @@ class Answers(Job):
         rows, length = self.shape
         first = dict(logits=(rows, length), position=(rows,), losses=(rows, length - 1))
         try:
-            answers = np.fromfile(self.folder / "answers.bin", "<f4")
+            answers = np.fromfile(*self.files("answers.bin"), "<f4")
             shape = first[self.answer] + (() if self.answer == "losses" else (-1,))
             self.value = self.reduce(answers.reshape(shape))
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, TypeError, ValueError, IndexError) as error:
             self.why = f"load_model's model gives no logits [B, T, V] ({printable(error)})"
 
 
 def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
-    """Run the jobs, `at_once` at a time, each when all it needs are over; one whose needs failed fails with them."""
+    """Run the jobs, `at_once` at a time, each when all that it needs are over; one whose needs
+    failed fails with them."""
     adopt_orphans()
     before = children()
     waiting, active = list(jobs), []
@@ -324,7 +329,7 @@ def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
 
 
 def end_strays(known: set[int]) -> list[str]:
-    """Kill the processes that were left behind, whatever session they hid in; returns their command lines."""
+    """Kill the processes that were left behind, in whatever session; returns their commands."""
     end = time.monotonic() + 1.0  # helpers of torch may need a moment to go
     names = []
     while strays := children() - known:
