@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 VERBS = {
     "verify": "read logs and record folders; do they support their claim?",
-    "judge": "run a trainer and compare: is it causal, does it validate in full, is its clock honest?",
+    "judge": "run a trainer and compare: is it causal, is its validation whole, its clock honest?",
     "race": "run trainers in turn, paired: is one of them faster?",
     "submit": "make a record folder from logs",
     "board": "write the leaderboards from the record folders",
@@ -59,4 +59,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

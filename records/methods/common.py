@@ -1,4 +1,5 @@
-"""What the method studies share: a run of the repository's trainer inside this process, tables and pictures."""
+"""What the method studies share: a run of the repository's trainer inside this process, tables and
+pictures."""
 
 import csv
 import dataclasses
@@ -52,7 +53,8 @@ class Recorder:
 
 
 def build(config, methods=None) -> tg.Run:
-    """A run before its first step, as train() builds it; methods: instead of those that the config asks for."""
+    """A run before its first step, as train() builds it; methods: instead of those that the config
+    asks for."""
     config = tg.resolve(config, ALONE.device)
     model = tg.GPT(config)
     tg.init_weights(model, config)
@@ -87,7 +89,8 @@ def data(config):
 
 
 def train(config, methods=None, watch=None) -> tg.Run:
-    """A whole run in the trainer's own loop; losses in run.log. watch: a Method whose after_step looks on.
+    """A whole run in the trainer's own loop; losses in run.log. watch: a Method whose after_step
+    looks on.
 
     A run that diverges has the final validation loss nan."""
     run = build(config, methods)
@@ -111,7 +114,8 @@ def single_thread():
 
 
 def in_parallel(job, tasks, processes: int) -> list:
-    """[job(task) for task in tasks], by so many processes of one thread each; says how far it is."""
+    """[job(task) for task in tasks], by so many processes of one thread each; says how far it
+    is."""
     results = []
     with multiprocessing.get_context("spawn").Pool(processes, initializer=single_thread) as pool:
         for result in pool.imap(job, tasks):

@@ -1,14 +1,16 @@
-"""Memory study: bytes of weights, gradients and optimizer state, from live tensors and for the GaLore paper's models.
+"""Memory study: bytes of weights, gradients and optimizer state, from live tensors and for the
+GaLore paper's models.
 
-    python records/methods/memory.py     about 3 minutes; 6 GB of memory; writes memory_*.csv and memory.png
+    python records/methods/memory.py     3 minutes; 6 GB of memory; writes memory_*.csv, memory.png
 
-Live: one update of the laptop and gpt2_small presets. An optimizer's gradient buffers live as long as it does;
-with per-layer updates the peak is taken as each gradient arrives, before it is freed. For gpt2_small the projection is
-a random one and Newton-Schulz is left out: sizes do not depend on values, and both take minutes on a CPU.
+Live: one update of the laptop and gpt2_small presets. An optimizer's gradient buffers live as long
+as it does; with per-layer updates the peak is taken as each gradient arrives, before it is freed.
+For gpt2_small the projection is a random one and Newton-Schulz is left out: sizes do not depend on
+values, and both take minutes on a CPU.
 
-Shapes: the LLaMA models of arXiv 2403.03507 (configs of its public code), untied head, vocabulary 32,000. Their bytes come
-from the formula in state_floats, which is first checked against this trainer's live tensors on all 60M shapes.
-"""
+Shapes: the LLaMA models of arXiv 2403.03507 (configs of its public code), untied head, vocabulary
+32,000. Their bytes come from the formula in state_floats, which is first checked against this
+trainer's live tensors on all 60M shapes."""
 
 import dataclasses
 import sys
@@ -81,7 +83,7 @@ def measure(preset: str, name: str, fields: dict) -> dict:
         rows = torch.randint(
             config.vocab_size, (1, config.seq_len + 1), generator=tg.seeded("memory")
         )
-        for step in range(1 + bool(config.relora)):
+        for _step in range(1 + bool(config.relora)):
             gradients = 0
             tg.forward_backward(
                 run.model, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), 1, 1
@@ -143,7 +145,8 @@ def shapes(model: str) -> tuple[list, list]:
 
 
 def state_floats(model: str, rank: int) -> tuple[int, int]:
-    """(entries of projections, entries of moments): a hidden m x n matrix has min r and 2 max r, any other weight 0 and 2."""
+    """(entries of projections, entries of moments): a hidden m x n matrix has min r and 2 max r,
+    any other weight 0 and 2."""
     hidden, others = shapes(model)
     return (
         sum(count * min(m, n) * rank for count, m, n in hidden),
@@ -153,7 +156,8 @@ def state_floats(model: str, rank: int) -> tuple[int, int]:
 
 
 def check_formula(model: str = "60M"):
-    """The formula against live tensors: one update of every matrix of a model, full Adam and GaLore, 32 and 8 bits."""
+    """The formula against live tensors: one update of every matrix of a model, full Adam and
+    GaLore, 32 and 8 bits."""
     hidden, others = shapes(model)
     rank, svd = LLAMA[model][3], torch.linalg.svd
 
@@ -196,16 +200,17 @@ def check_formula(model: str = "60M"):
 
 
 def paper() -> list[dict]:
-    """Bytes per part for each model; the columns are the readings of the paper's claims, and this trainer."""
+    """Bytes per part for each model; the columns are the readings of the paper's claims, and this
+    trainer."""
     rows = []
-    for model, (d, ff, layers, rank) in LLAMA.items():
+    for model, (_d, _ff, _layers, rank) in LLAMA.items():
         hidden, others = shapes(model)
         weights = sum(count * m * n for count, m, n in hidden + others)
         projections, moments = state_floats(model, rank)
         small = sum(2 * count * m * n for count, m, n in others)
         largest = max(m * n for _, m, n in hidden + others)
 
-        def row(name, weights, gradients, state):
+        def row(name, weights, gradients, state, model=model, rank=rank):
             new = dict(
                 model=model,
                 rank=rank,
@@ -272,12 +277,13 @@ def report():
             ("gpt2_small, live", [r for r in table if r["preset"] == "gpt2_small"]),
             ("LLaMA 7B, formula", [r for r in papers if r["model"] == "7B"]),
         ),
+        strict=False,
     ):
         left = [0.0] * len(rows)
         for part in ("weights", "gradients", "state"):
             sizes = [r[part] / 2**20 if "live" in title else r[part] / 2**30 for r in rows]
             axis.barh(range(len(rows)), sizes, left=left, label=part)
-            left = [a + b for a, b in zip(left, sizes)]
+            left = [a + b for a, b in zip(left, sizes, strict=False)]
         axis.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=6)
         axis.invert_yaxis()
         axis.set(title=title, xlabel="MiB" if "live" in title else "GiB")
@@ -285,13 +291,17 @@ def report():
     save(made, "memory.png")
     for r in table:
         print(
-            f"{r['preset']:10} {r['variant']:32} weights {r['weights'] / 2**20:8.2f}  gradients {r['gradients'] / 2**20:8.2f}  "
-            f"state {r['state'] / 2**20:8.2f}  of it hidden {r['hidden_state'] / 2**20:8.2f}  total {r['total'] / 2**20:8.2f} MiB"
+            f"{r['preset']:10} {r['variant']:32} weights {r['weights'] / 2**20:8.2f}  gradients "
+            f"{r['gradients'] / 2**20:8.2f}  "
+            f"state {r['state'] / 2**20:8.2f}  of it hidden {r['hidden_state'] / 2**20:8.2f}  "
+            f"total {r['total'] / 2**20:8.2f} MiB"
         )
     for r in papers:
         print(
-            f"{r['model']:5} {r['variant']:44} weights {r['weights'] / 1e9:7.3f}  gradients {r['gradients'] / 1e9:7.3f}  state {r['state'] / 1e9:7.3f} "
-            f"({r['state_change']:+.1%})  total {r['total'] / 1e9:7.3f} GB ({r['total_change']:+.1%})"
+            f"{r['model']:5} {r['variant']:44} weights {r['weights'] / 1e9:7.3f}  gradients "
+            f"{r['gradients'] / 1e9:7.3f}  state {r['state'] / 1e9:7.3f} "
+            f"({r['state_change']:+.1%})  total {r['total'] / 1e9:7.3f} GB "
+            f"({r['total_change']:+.1%})"
         )
 
 

@@ -1,11 +1,11 @@
-"""ReLoRA study: full-rank, LoRA and ReLoRA at equal steps, the parts of a restart one by one, and the rank of what was learned.
+"""ReLoRA study: full-rank, LoRA and ReLoRA at equal steps, the parts of a restart one by one, and
+the rank of what was learned.
 
-    python records/methods/relora.py     about 10 minutes on two cores; writes relora*.csv and relora.png
+    python records/methods/relora.py     10 minutes on two cores; writes relora*.csv and relora.png
 
-All matrices train with Adam, so that adapters and weights differ in nothing but their rank. Each of full, LoRA and
-ReLoRA gets the best of four rates (seed 0), then runs with seeds 1 to 3. Without a warm start, as in the paper's
-ablation, all variants use ReLoRA's rate.
-"""
+All matrices train with Adam, so that adapters and weights differ in nothing but their rank. Each of
+full, LoRA and ReLoRA gets the best of four rates (seed 0), then runs with seeds 1 to 3. Without a
+warm start, as in the paper's ablation, all variants use ReLoRA's rate."""
 
 import dataclasses
 import sys
@@ -50,7 +50,8 @@ TUNED = dict.fromkeys(("full rank", "LoRA", "ReLoRA"), RATES) | {
 
 
 class Ranks(tg.Method):
-    """Rank of every adapted matrix's change since it was wrapped, after each merge and at the end."""
+    """Rank of every adapted matrix's change since it was wrapped, after each merge and at the
+    end."""
 
     def __init__(self):
         self.start, self.rows = {}, []
@@ -164,7 +165,7 @@ def report():
         for axis in axes[:2]:
             if cold == (axis is axes[1]) or variant == "full rank":
                 axis.errorbar(
-                    *zip(*points[2:]),
+                    *zip(*points[2:], strict=False),
                     label=variant.removeprefix("no warm start: "),
                     color="k" if number == 0 else f"C{number}",
                     marker=".",
@@ -207,7 +208,8 @@ def report():
     write_csv("relora.csv", table)
     for row in table:
         print(
-            f"{row['variant']:36} lr {row['lr']:.3g}  val loss {row['val_loss']:.4f} ± {row['std']:.4f} (n={row['n']})  "
+            f"{row['variant']:36} lr {row['lr']:.3g}  val loss {row['val_loss']:.4f} ± "
+            f"{row['std']:.4f} (n={row['n']})  "
             f"against full rank {row['val_loss'] - full:+.4f}"
         )
     for variant in VARIANTS:

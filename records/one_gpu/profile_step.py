@@ -1,18 +1,21 @@
-"""Where the time of a training step goes, by class of kernel, and how far each class is from its floor.
+"""Where the time of a training step goes, by class of kernel, and how far each class is from its
+floor.
 
-    python records/one_gpu/profile_step.py                                gpt2_small on a GPU: 5 steps, about 3 minutes
-    python records/one_gpu/profile_step.py --steps 3 -- --preset laptop   anything after -- goes to train_gpt.py
-    python records/one_gpu/profile_step.py --ceilings                     only what this machine can do at most
+    python records/one_gpu/profile_step.py               gpt2_small on a GPU: 5 steps, 3 minutes
+    python records/one_gpu/profile_step.py --ceilings    only what this machine can do at most
+    python records/one_gpu/profile_step.py --steps 3 -- --preset laptop     flags for train_gpt.py
 
-Two ceilings are measured first: a large matrix product on random numbers (bf16 on a GPU, fp32 on a CPU) and a large
-device-to-device copy (bytes read plus bytes written). Then steps on random tokens are timed without the profiler, and
-the two halves of a step, forward with backward and the optimizers' update, are profiled apart. What a step takes
-beyond its kernels is `gaps`: waiting for the host. On a CPU the profiler slows every operator, so there `gaps` may
-come out below zero and only the proportions count.
+Two ceilings are measured first: a large matrix product on random numbers (bf16 on a GPU, fp32 on a
+CPU) and a large device-to-device copy (bytes read plus bytes written). Then steps on random tokens
+are timed without the profiler, and the two halves of a step, forward with backward and the
+optimizers' update, are profiled apart. What a step takes beyond its kernels is `gaps`: waiting for
+the host. On a CPU the profiler slows every operator, so there `gaps` may come out below zero and
+only the proportions count.
 
-Floors: matmul and attention, counted operations over the matmul ceiling; all else, the fewest bytes over the copy
-ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66 numbers of width n_embd, each
-read or written once in the activations' type, and the logits three times.
+Floors: matmul and attention, counted operations over the matmul ceiling; all else, the fewest bytes
+over the copy ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66
+numbers of width n_embd, each read or written once in the activations' type, and the logits three
+times.
 
 --trainer FILE profiles another train_gpt.py. Exit code 0: done; 2: misuse.
 """
@@ -54,7 +57,7 @@ def class_of(name: str) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- ceilings
+# ---------------------------------------------------------------------------------------- ceilings
 
 
 def synchronize(device):
@@ -65,7 +68,7 @@ def synchronize(device):
 def median_seconds(function, device, warm: int, runs: int) -> float:
     """Median time of a call, the device's work included."""
     times = []
-    for i in range(warm + runs):
+    for _i in range(warm + runs):
         synchronize(device)
         begun = time.perf_counter()
         function()
@@ -91,7 +94,7 @@ def ceilings(device: torch.device) -> dict:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- profile
+# ----------------------------------------------------------------------------------------- profile
 
 
 def load(path: Path):
@@ -106,7 +109,8 @@ def load(path: Path):
 
 
 def make_step(trainer, flags: list[str]):
-    """(config, device, micro-batch, forward-and-backward, update, state bytes) of a run on random tokens."""
+    """(config, device, micro-batch, forward-and-backward, update, state bytes) of a run on random
+    tokens."""
     config = trainer.parse_config(flags, "gpt2_small" if torch.cuda.is_available() else "laptop")
     runtime = trainer.init_runtime(config)
     config = trainer.resolve(config, runtime.device)
@@ -263,7 +267,8 @@ def table(result: dict) -> str:
     lines = [
         f"{result['device']}, torch {result['torch']}, micro-batch {result['micro_batch']} rows: "
         f"step {result['step_ms']:.1f} ms, "
-        f"{result['tokens_per_second']:,.0f} tokens/s, {result['mfu_of_measured']:.1%} of the measured matmul rate",
+        f"{result['tokens_per_second']:,.0f} tokens/s, {result['mfu_of_measured']:.1%} of the "
+        f"measured matmul rate",
         f"ceilings: {limits['matmul_flops'] / 1e12:.2f} TFLOP/s ({limits['matmul']}), "
         f"{limits['copy_bytes'] / 1e9:.0f} GB/s",
         "",
@@ -276,7 +281,8 @@ def table(result: dict) -> str:
             for key, form in (("floor_ms", ".2f"), ("over_floor", ".1f"))
         )
         lines.append(
-            f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | {over} |"
+            f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | "
+            f"{over} |"
         )
     lines += [
         f"| **step** | {result['step_ms']:.2f} | | | {result['floor_ms']:.2f} | "
