@@ -49,8 +49,8 @@ from records.tools.command import BadInput, Parser, command, need, printable, wr
 from records.tools.judge_case import FIRST, Case, read_corpus, value_of, without
 from records.tools.judge_runs import Training
 from records.tools.runs import Interrupted, interruptible
+from records.tools.tracks import TRACKS
 
-PRESETS = dict(laptop="laptop", one_gpu="gpt2_small", speed="gpt2_small", memory="gpt2_small")
 CUDA_STEPS = 60  # of the shortened schedule
 SOURCE_LIMIT = 50_000  # bytes, compressed: room for 140 KB of code, not for a table of weights
 LEARNT = 0.4  # of what a run learns: more than one update teaches
@@ -336,7 +336,7 @@ def read_record(folder: Path) -> tuple[list[str], str | None, dict]:
     argv = found[0].header.get("argv", "").split()
     track = folder.resolve().parent.name
     flags = without(argv, "seed", "val_every", "log_dir")
-    return flags, track if track in PRESETS else None, claims
+    return flags, track if track in TRACKS else None, claims
 
 
 def claim(case):
@@ -370,7 +370,7 @@ def parse(argv: list[str]):
     parser = Parser("judge", __doc__)
     parser.add_argument("script", type=Path, help="a trainer, or a record folder")
     parser.add_argument("--against", type=Path, metavar="RECORD", help="run this one beside it")
-    parser.add_argument("--track", choices=sorted(PRESETS), help="[the record's, or laptop]")
+    parser.add_argument("--track", choices=sorted(TRACKS), help="[the record's, or laptop]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict there, too")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a run may take [3600]")
     parser.add_argument("--dice", type=int, help="seed of what is asked, to judge alike [drawn]")
@@ -399,7 +399,7 @@ def prepare(args, flags: list[str]) -> Case:
 
     import train_gpt
 
-    name, cuda = value_of(flags, "preset") or PRESETS[args.track], args.track != "laptop"
+    name, cuda = value_of(flags, "preset") or (TRACKS[args.track].preset or "gpt2_small"), args.track != "laptop"
     if name not in train_gpt.PRESETS:
         raise BadInput(f"--preset {name}: must be one of {', '.join(train_gpt.PRESETS)}")
     if cuda and not torch.cuda.is_available():
@@ -411,7 +411,7 @@ def prepare(args, flags: list[str]) -> Case:
     for flag, value in (("preset", name), ("seed", seed)):
         if value_of(flags, flag) is None:
             flags = [*flags, f"--{flag}", value]
-    digests = logs.TRACKS["laptop"]["files"] if name == "laptop" else None
+    digests = TRACKS["laptop"].files if name == "laptop" else None
     limit = 2 * CUDA_STEPS * 2**20 if cuda else None
     corpus = read_corpus(flags, train_gpt.PRESETS[name], limit, digests)
     return Case(script, flags, corpus, train_gpt.PRESETS[name], cuda, args)

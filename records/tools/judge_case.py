@@ -3,7 +3,6 @@
 import math
 import os
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -107,21 +106,30 @@ def read_corpus(flags: list[str], preset, limit: int | None, digests: dict | Non
     return Corpus(*streams, tuple(paths), preset.vocab_size - 1)
 
 
+class Places:
+    """Stands for training shards: rows that hold their places in the stream instead of tokens."""
+
+    pattern = "the training tokens"
+
+    def __init__(self, tokens: int, seq_len: int):
+        self.tokens, self.seq_len = tokens, seq_len
+
+    def __len__(self):
+        return (self.tokens - 1) // self.seq_len
+
+    def read(self, numbers) -> np.ndarray:
+        return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+
+
 def scheduled(corpus: Corpus, config, first: int, last: int) -> np.ndarray:
     """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1, rows spread."""
     import train_gpt
 
-    used, place = np.zeros(len(corpus.train), bool), np.arange(len(corpus.train))
+    used = np.zeros(len(corpus.train), bool)
     order = replace(config, spread_rows=True, epochs_allowed=2**20)
-    with tempfile.TemporaryDirectory() as folder:
-        batches = []
-        for name, code in (("low", place & 0xFFFF), ("high", place >> 16)):
-            shards.write_shard(Path(folder, f"{name}.bin"), code)  # tokens say where they stand
-            codes = train_gpt.Shards(f"{folder}/{name}.bin", "train_files")
-            batches.append(train_gpt.Batches(codes, order))
-        for step in range(first, last):
-            low, high = (batch.batch_at(step).astype(np.int64) for batch in batches)
-            used[low + (high << 16)] = True
+    batches = train_gpt.Batches(Places(len(used), config.seq_len), order)
+    for step in range(first, last):
+        used[batches.batch_at(step)] = True
     return used
 
 
