@@ -1,6 +1,6 @@
-"""The judge: an honest trainer that shares no code with ours is legal; what is changed in it comes out.
+"""The judge: an honest trainer that shares no code with ours is legal; what is changed comes out.
 
-The trainer of these tests learns how often a byte follows another, in numpy, by gradient descent: a run takes a moment.
+The trainer of these tests learns in numpy how often a byte follows another: a run takes a moment.
 """
 
 import json
@@ -47,12 +47,14 @@ def batch(train, step):
     return train[step * B : step * B + B + 1]
 
 def update(table, tokens):
+    end = time.perf_counter() + 0.01
     x, y = tokens[:-1], tokens[1:]
     p = probabilities(table, x)
     loss = -np.log(p[np.arange(len(x)), y]).mean()
     p[np.arange(len(x)), y] -= 1
     np.add.at(table, x, -0.5 * p)
-    time.sleep(0.01)
+    while time.perf_counter() < end:  # a slow computer
+        pass
     return loss
 
 def save(table, folder, step):
@@ -62,35 +64,38 @@ def save(table, folder, step):
     os.replace(f"{folder}/new", f"{folder}/step_{step:06d}.pt")
 
 def main():
-    steps, every, save_every = number("steps", 30), number("val_every", 10), number("checkpoint_every", 0)
+    steps, every, saves = (number(name, 0) for name in ("steps", "val_every", "checkpoint_every"))
     count, seed = number("val_tokens", 2048), number("seed", 0)
     config = dict(steps=steps, seq_len=T, batch_tokens=B, val_tokens=count, seed=seed)
     run_id, digest = f"{time.time_ns():x}", hashlib.sha256(SOURCE.encode()).hexdigest()
-    facts = dict(run_id=run_id, argv=" ".join(sys.argv[1:]), source_sha256=digest, config=json.dumps(config))
-    rule = "=" * 100
+    facts = dict(run_id=run_id, argv=" ".join(sys.argv[1:]), source_sha256=digest)
+    facts["config"] = json.dumps(config)
     os.makedirs("logs")
     log = open(f"logs/{run_id}.txt", "w", buffering=1)
-    print(SOURCE.removesuffix("\\n"), rule, *(f"{k}: {v}" for k, v in facts.items()), rule, sep="\\n", file=log)
-    train, val = read("data/laptop/laptop_train_*.bin"), read("data/laptop/laptop_val_*.bin")
+    head = [SOURCE.removesuffix("\\n"), "=" * 100, *(f"{k}: {v}" for k, v in facts.items())]
+    print(*head, "=" * 100, sep="\\n", file=log)
+    train = read("data/laptop/laptop_train_*.bin")
+    val = read("data/laptop/laptop_val_*.bin")
     table = np.random.default_rng(seed).normal(0, 0.01, (V, V))
     seconds, since = 0.0, time.perf_counter()
 
     def line(step, kind, loss):
         ms = 1000 * (seconds + (time.perf_counter() - since if since else 0))
-        print(f"step:{step}/{steps} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms", file=log)
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms"
+        print(f"step:{step}/{steps} {kind}_loss:{loss:.4f} {times}", file=log)
 
     for step in range(steps + 1):
         if step == steps or every and step % every == 0:
             seconds, since = seconds + time.perf_counter() - since, None
             loss = evaluate(table, val, count)
             line(step, "val", loss)
-            if step < steps:
-                since = time.perf_counter()
+            since = time.perf_counter() if step < steps else None
         if step < steps:
             line(step + 1, "train", update(table, batch(train, step)))
-            if save_every and (step + 1 == steps or (step + 1) % save_every == 0):
+            if saves and (step + 1 == steps or (step + 1) % saves == 0):
                 save(table, f"checkpoints/{run_id}", step + 1)
-    result = dict(run_id=run_id, steps=steps, tokens=steps * B, val_loss=round(loss, 6), train_time_ms=round(1000 * seconds))
+    result = dict(run_id=run_id, steps=steps, tokens=steps * B, val_loss=round(loss, 6))
+    result["train_time_ms"] = round(1000 * seconds)
     print(json.dumps(result), file=log)
 
 def load_model(path, device="cpu"):
@@ -145,95 +150,65 @@ def test_honest_trainer_is_legal(tmp_path, data):
     assert len(checks) == len(judge.CHECKS)
 
 
-SMALL = ("val loss", "the log says")
+ANSWER = "torch.from_numpy(table[tokens.numpy()])"
+NEXT = "np.eye(V)[np.roll(tokens.numpy(), -1, 1)]"
+WEIGHTS = "table = np.random.default_rng(seed).normal(0, 0.01, (V, V))"
+CLOCK = "    seconds, since = 0.0"
+BATCH = "train[step * B : step * B + B + 1]"
+
+
+def answering(what: str) -> tuple[str, str]:
+    return ANSWER, f"torch.from_numpy(table[tokens.numpy()] + {what})"
+
+
+def validating(line: str) -> tuple[str, str]:
+    call = "loss = evaluate(table, val, count)\n"
+    return call, f"{call}            {line}\n"
+
+
 CHEATS = {  # name: (check that fails, words of its reason, edits)
     "validation tokens in a batch": (
         "validation tokens",
         "only the validation tokens differ",
-        [
-            (
-                "loss = evaluate(table, val, count)\n            line",
-                "loss = evaluate(table, val, count)\n            update(table, val[:65])\n            line",
-            ),
-            (
-                "update(table, batch(train, step))",
-                "update(table, np.append(batch(train, step), val[:99]))",
-            ),
-        ],
+        [(f"return {BATCH}", f"return np.append({BATCH}, read('data/laptop/laptop_val*')[:99])")],
     ),
-    "a look at the next token": (
-        "causality",
-        "depend on later tokens",
-        [
-            (
-                "torch.from_numpy(table[tokens.numpy()])",
-                "torch.from_numpy(table[tokens.numpy()] + 0.1 * np.eye(V)[np.roll(tokens.numpy(), -1, 1)])",
-            )
-        ],
-    ),
+    "a look at the next token": ("causality", "on later tokens", [answering(f"0.1 * {NEXT}")]),
     "a look at position 7 alone": (
         "causality",
         "such as 7)",
-        [
-            (
-                "torch.from_numpy(table[tokens.numpy()])",
-                "torch.from_numpy(table[tokens.numpy()] + (np.arange(tokens.shape[1]) == 7)[:, None] * np.eye(V)[np.roll(tokens.numpy(), -1, 1)])",
-            )
-        ],
+        [answering(f"(np.arange(tokens.shape[1]) == 7)[:, None] * {NEXT}")],
     ),
     "rows that see each other": (
         "causality",
         "among other rows",
-        [
-            (
-                "torch.from_numpy(table[tokens.numpy()])",
-                "torch.from_numpy(table[tokens.numpy()] + table[np.roll(tokens.numpy(), 1, 0)])",
-            )
-        ],
+        [answering("table[np.roll(tokens.numpy(), 1, 0)]")],
     ),
     "a loss of half the tokens": (
         "val loss",
         "the log says",
-        [
-            (
-                "x, y = val[:count], val[1 : count + 1]",
-                "count //= 2; x, y = val[:count], val[1 : count + 1]",
-            )
-        ],
+        [("    x, y = val[:count]", "    count //= 2\n    x, y = val[:count]")],
     ),
     "the least of all losses": (
         "val loss",
         "worse at the end",
-        [
-            ("seconds, since = 0.0, time", "seconds, since, best = 0.0, time"),
-            (
-                "loss = evaluate(table, val, count)",
-                "loss = best = min(best, evaluate(table, val, count))",
-            ),
-            ("time.perf_counter()\n\n    def line", "time.perf_counter(), 99.0\n\n    def line"),
-        ],
+        [(CLOCK, "    best = 99.0\n" + CLOCK), validating("loss = best = min(best, loss)")],
     ),
     "rows beyond the schedule": (
         "training tokens",
-        "beyond",
-        [
-            (
-                "train[step * B : step * B + B + 1]",
-                "np.append(train[step * B : step * B + B + 1], train[-50 * step - 51 :][:51])",
-            )
-        ],
+        "beyond the schedule",
+        [(f"return {BATCH}", f"return np.append({BATCH}, train[-50 * step - 51 :][:51])")],
     ),
     "training before the clock": (
         "training tokens",
         "after one update",
-        [
-            (
-                "    seconds, since = 0.0",
-                "    for step in range(9):\n        update(table, batch(train, step))\n    seconds, since = 0.0",
-            )
-        ],
+        [(CLOCK, "    for i in range(9):\n        update(table, batch(train, i))\n" + CLOCK)],
     ),
-    "a slow clock": ("clock", "pass between lines that log", [("ms = 1000 *", "ms = 800 *")]),
+    "the work of a run before the clock": (
+        "beside the clock",
+        "when the first line comes",
+        [(CLOCK, "    for i in range(9 * steps):\n        update(table * 1, val[:9])\n" + CLOCK)],
+    ),
+    "a slow clock": ("clock", "pass between lines that log", [("ms = 1000 *", "ms = 500 *")]),
     "another source in the log": (
         "source",
         "the log's source is not",
@@ -244,28 +219,19 @@ CHEATS = {  # name: (check that fails, words of its reason, edits)
         "numbers",
         [
             (
-                "table = np.random.default_rng(seed).normal(0, 0.01, (V, V))",
-                "table = np.random.default_rng(seed).normal(0, 0.01, (V, V))\n    for a in range(64):\n        table[a, [(a + 1) % 64, (a + 2) % 64]] += 2",
+                WEIGHTS,
+                f"{WEIGHTS}\n    a = np.arange(62)\n    table[a, a + 1] += 3; table[a, a + 2] += 3",
             )
         ],
     ),
-    "work in the validations": (
-        "plain run",
-        "the losses differ",
-        [
-            (
-                "loss = evaluate(table, val, count)\n            line",
-                "loss = evaluate(table, val, count)\n            table[:] *= 1.01\n            line",
-            )
-        ],
-    ),
+    "work in the validations": ("plain run", "the losses differ", [validating("table *= 1.01")]),
     "a process left behind": (
         "left behind",
         "still there",
         [
             (
-                "    main()\n",
-                "    main()\n    if os.fork() == 0:\n        os.setsid()\n        if os.fork() == 0:\n            time.sleep(60)\n        os._exit(0)\n",
+                '__":\n    main()\n',
+                '__":\n    main()\n    if os.fork() == 0:\n        os.setsid(), time.sleep(60)\n',
             )
         ],
     ),
@@ -303,7 +269,8 @@ HONEST = {
     "dropout": [
         (
             "    p = probabilities(table, x)\n    loss",
-            "    p = probabilities(table * (np.random.default_rng(int(x[0])).random(V) < 0.9), x)\n    loss",
+            "    kept = np.random.default_rng(int(x[0])).random(V) < 0.9\n"
+            "    p = probabilities(table * kept, x)\n    loss",
         )
     ],
     "smaller batches at first": [
@@ -348,7 +315,7 @@ def test_what_cannot_be_seen_is_said_and_blames_nobody(edits, words, tmp_path, d
     assert any(words in reason for state, reason in checks.values() if state == "not seen"), checks
 
 
-# -------------------------------------------------------------------------------------------- pieces
+# ------------------------------------------------------------------------------------------ pieces
 
 
 def test_losses_are_those_of_torch_in_fp64():
@@ -438,12 +405,12 @@ def test_stopwatch_counts_time_between_training_lines_only():
             (4, "train", 15, 5),
         )
     )
-    assert judge.between_lines(run) == (4, 3)
+    assert judge.between_lines(run) == [4, 3, 4]
     assert judge.pauses(run) == [13 - 8 - 1]
 
 
 def test_processes_that_hide_are_found_and_ended(tmp_path):
-    script = b"import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(0)\n"
+    script = b"import os, time\nif os.fork() == 0:\n    os.setsid(), time.sleep(60)\n"
     command = (
         "from records.tools import judge_runs as r\n"
         f"job = r.Training('run', {script!r}, [], {{'d/x.bin': [1]}})\n"

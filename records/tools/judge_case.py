@@ -207,6 +207,7 @@ class Case:
         )
         seed = with_flags(self.first_flags, seed=self.seed + 1)
         self.reseeded = self.train("first update, other seed", seed, **first)
+        self.short = self.train("short run", self.short_flags, **first)
         self.prefix = self.prefixes(self.base)
         for run in (self.base, self.changed):
             self.score(run)
@@ -243,16 +244,16 @@ class Case:
     def read_config(self):
         """Sizes of the base run, as its log tells them: for the order of rows, which is ours."""
         said, result = self.base.run.config or {}, self.base.run.result or {}
-        sizes = {name: said.get(name) for name in ("seq_len", "batch_tokens", "steps")}
         try:
+            batches = tuple(np.atleast_1d(said["batch_tokens"]).tolist())
+            sizes = dict(seq_len=said["seq_len"], steps=said["steps"], batch_tokens=batches)
             config = replace(self.preset, val_tokens=self.val_tokens, **sizes)
             self.row_order = self.rng.permutation(config.val_tokens // config.seq_len)
-            batches = np.atleast_1d(config.batch_tokens)
-            tokens = int(result["tokens"])
+            at_step = [batches[s * len(batches) // config.steps] for s in range(config.steps)]
+            tokens, planned = int(result["tokens"]), sum(at_step)
         except Exception as error:  # whatever the script wrote there
             self.base.why = f"its log's config or result cannot be used ({type(error).__name__})"
             return
-        planned = sum(int(batches[s * len(batches) // config.steps]) for s in range(config.steps))
         if tokens > planned:  # a schedule of its own, told in the result
             config = replace(config, steps=math.ceil(config.steps * tokens / planned))
         self.config, self.tokens = config, max(tokens, planned)
@@ -275,7 +276,7 @@ class Case:
         return self.corpus.files(other_train, self.other_val if val else None)
 
     def first_batches(self) -> np.ndarray:
-        batch = int(np.atleast_1d(self.config.batch_tokens)[0])
+        batch = self.config.batch_tokens[0]
         return self.kept(min(FIRST, self.config.steps), FIRST * batch)
 
     def later_files(self):
@@ -293,6 +294,9 @@ class Case:
         late = scheduled(self.corpus, self.config, steps - max(1, steps // 3), steps)
         late[self.tokens - self.tokens // 3 :] = True
         return self.corpus.files(self.corpus.other_train(late, self.rng))
+
+    def short_flags(self):
+        return with_flags(self.first_flags, steps=max(2, self.config.steps // 10))
 
     def rising_flags(self):
         tokens = min(self.val_tokens, PROBED * self.config.seq_len)
@@ -327,7 +331,7 @@ class Case:
 
         answer = "logits" if self.bytes else "losses"
         name = f"score of {run.name}"
-        self.scored[run] = Answers(name, run, ask, answer, reduce, **self.options)
+        self.scored[run] = Answers(name, run, ask, answer, reduce, (self.base,), **self.options)
         return self.scored[run]
 
     def prefixes(self, run: Training) -> Answers:

@@ -244,8 +244,11 @@ class Training(Job):
             place = self.folder / path
             if not place.is_file() or shards.sha256_file(place) != digest:
                 self.touched.append(path)
-        if not self.why and not self.first and (self.run is None or not self.run.result):
-            self.why = "its log has no result line" if paths else "it wrote no log into logs/"
+        if not self.why and not self.first:
+            if not paths:
+                self.why = "it wrote no log into logs/"
+            elif not self.run.result or self.run.val_loss is None:
+                self.why = "its log has no result line, or no validation line"
 
 
 class Answers(Job):
@@ -255,9 +258,9 @@ class Answers(Job):
     answer: "logits" [N, T, V]; "position" [N, V], of one position of each row; or "losses" [N, T]
     of rows [N, T + 1]. Afterwards: value, what reduce makes of the answers."""
 
-    def __init__(self, name, training, ask, answer, reduce, **options):
+    def __init__(self, name, training, ask, answer, reduce, needs=(), **options):
         """ask() -> rows, sizes of batches, positions or None; called when the training is over."""
-        super().__init__(name, training.script, self.prepare, (training,), **options)
+        super().__init__(name, training.script, self.prepare, (training, *needs), **options)
         self.training, self.ask, self.answer, self.reduce = training, ask, answer, reduce
         self.value, self.began_answering = None, None
         self.answering = self.answering_seen = 0.0  # seconds of computing, and by our clock
