@@ -25,6 +25,7 @@ VERBS = {
 MEASUREMENTS = {
     "vs_nanogpt": "the laptop run against nanoGPT's CPU recipe, on the same bytes",
     "step_share": "what a step costs beside forward, backward and update",
+    "cost": "minutes on some cards, estimated from tokens and operations per token",
     "loader_speed": "tokens per second that the loader delivers",
 }
 

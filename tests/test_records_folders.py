@@ -219,7 +219,7 @@ def test_texts_from_folders_are_escaped(record):
 
 def test_damaged_record_makes_no_traceback(raced, tmp_path, capsys):
     rng = random.Random(2)
-    for _ in range(50):
+    for _ in range(30):
         copy = tmp_path / "laptop" / "2026-11-22_copy"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(raced, copy)

@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import (
-    ALONE,
     SMALL,
     arguments,
     data,
@@ -45,20 +44,20 @@ class Averages(tg.Method):
     """LAWA windows beside a run that knows nothing of them."""
 
     def __init__(self, config):
-        self.windows = {
-            f"eval, every {n}": tg.LAWA(dataclasses.replace(config, lawa=K, lawa_interval=n))
-            for n in INTERVALS
-        }
+        super().__init__(config)
+        self.windows = {}
+        for n in INTERVALS:
+            window = dataclasses.replace(config, lawa=K, lawa_interval=n)
+            self.windows[f"eval, every {n}"] = tg.LAWA(window)
         self.val, self.losses = data(config)[1], {}
 
     def after_step(self, step, run):
         for name, lawa in self.windows.items():
             lawa.after_step(step, run)
             if step % EVERY == 0:
-                with lawa.eval_weights(run.model):
-                    self.losses[name, step] = tg.evaluate(
-                        run.model, self.val, run.config, ALONE, run.config.rows
-                    )
+                raw = tg.swap(run.model, lawa.eval_weights(run.model))
+                self.losses[name, step] = tg.evaluate(run, self.val)
+                tg.swap(run.model, raw)
 
 
 def run_one(task: dict) -> list[dict]:

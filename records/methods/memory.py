@@ -58,7 +58,7 @@ def measure(preset: str, name: str, fields: dict) -> dict:
     config = dataclasses.replace(
         tg.PRESETS[preset],
         seq_len=64,
-        batch_tokens=64,
+        batch_tokens=(64,),
         val_tokens=64,
         steps=100,
         device="cpu",
@@ -85,9 +85,8 @@ def measure(preset: str, name: str, fields: dict) -> dict:
         )
         for _step in range(1 + bool(config.relora)):
             gradients = 0
-            tg.forward_backward(
-                run.model, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), 1, 1
-            )
+            tg.set_stage(run)
+            tg.forward_backward(run, *tg.split(rows, ALONE.device))
             look(run)
             tg.update(run)
             run.step += 1
@@ -117,15 +116,13 @@ def live() -> list[dict]:
         measure("laptop", name, fields | dict(n_layer=4, ngram=0, normuon=0.0))
         for name, fields in variants(32).items()
     ]
-    svd, newton_schulz = torch.linalg.svd, tg.newton_schulz
+    eigh, newton_schulz = torch.linalg.eigh, tg.newton_schulz
 
-    def too_slow(*args, **kwargs):
-        raise torch.linalg.LinAlgError("left out")
+    def any_basis(a):
+        return None, torch.eye(a.size(-1)).expand_as(a)
 
-    torch.linalg.svd, tg.newton_schulz = (
-        too_slow,
-        lambda g, dtype: g,
-    )  # GaLore then takes a random projection
+    # The sizes are the same, and these two would take minutes
+    torch.linalg.eigh, tg.newton_schulz = any_basis, lambda g, dtype: g
     try:
         names = variants(128) | {
             "GaLore 64": dict(galore=64, galore_inner="adam"),
@@ -134,7 +131,7 @@ def live() -> list[dict]:
         for name, fields in names.items():
             rows.append(measure("gpt2_small", name, fields))
     finally:
-        torch.linalg.svd, tg.newton_schulz = svd, newton_schulz
+        torch.linalg.eigh, tg.newton_schulz = eigh, newton_schulz
     return rows
 
 
@@ -159,42 +156,29 @@ def check_formula(model: str = "60M"):
     """The formula against live tensors: one update of every matrix of a model, full Adam and
     GaLore, 32 and 8 bits."""
     hidden, others = shapes(model)
-    rank, svd = LLAMA[model][3], torch.linalg.svd
-
-    def orthonormal(g, full_matrices):
-        return (
-            torch.linalg.qr(torch.randn_like(g if g.size(-2) >= g.size(-1) else g.mT))[0],
-            None,
-            torch.eye(g.size(-1)).expand(len(g), -1, -1),
-        )
-
+    rank, eigh = LLAMA[model][3], torch.linalg.eigh
+    projections, moments = state_floats(model, rank)
+    small = sum(2 * count * m * n for count, m, n in others)
+    low_moments = moments - small
     for bits in (32, 8):
-        method, measured = (
-            tg.GaLore(
-                dataclasses.replace(tg.PRESETS["laptop"], galore=rank, galore_bits=bits), print
-            ),
-            0,
-        )
-        torch.linalg.svd = orthonormal
+        config = dataclasses.replace(tg.PRESETS["laptop"], galore=rank, galore_bits=bits)
+        run = tg.Run(config, ALONE, None, [])
+        method, measured = tg.GaLore(config), 0
+        torch.linalg.eigh = lambda a: (None, torch.eye(a.size(-1)).expand_as(a))
         try:
             for count, m, n in hidden + others:
                 low = (count, m, n) in hidden
                 named = {str(i): torch.nn.Parameter(torch.zeros(m, n)) for i in range(count)}
-                optimizer = (method.optimizers["adam"] if low else tg.Adam)(
-                    named, 0.1, (m, n) if low else (), method.config, ALONE
-                )
+                rule = method.optimizers["adam"] if low else tg.Adam
+                optimizer = rule(named, 0.1, (m, n) if low else (), run)
                 optimizer.method = method if low else optimizer.method
                 optimizer.grads.normal_()
                 optimizer.step()
                 measured += sum(t.nbytes for t in optimizer.state.values())
         finally:
-            torch.linalg.svd = svd
-        projections, moments = state_floats(model, rank)
-        small = sum(2 * count * m * n for count, m, n in others)
-        low_moments = moments - small
-        expected = 4 * (projections + small) + (
-            4 * low_moments if bits == 32 else low_moments + 4 * low_moments // 256
-        )
+            torch.linalg.eigh = eigh
+        packed = 4 * low_moments if bits == 32 else low_moments + 4 * low_moments // rank
+        expected = 4 * (projections + small) + packed
         print(f"{model}, {bits} bit: live {measured:,} bytes, formula {expected:,}")
         assert measured == expected
 
@@ -255,7 +239,7 @@ def paper() -> list[dict]:
             "this trainer: GaLore, 8-bit hidden moments",
             4 * weights,
             4 * weights,
-            4 * (projections + small) + low + 4 * low // 256,
+            4 * (projections + small) + low + 4 * low // rank,
         )
         hidden_largest = max(m * n for _, m, n in hidden)
         row(

@@ -97,7 +97,7 @@ def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config
         n_layer=2,
         n_embd=width,
         n_head=width // 32,
-        batch_tokens=1024,
+        batch_tokens=(1024,),
         val_tokens=16384,
         warmup=5,
         sparsity=1 - density,
@@ -287,11 +287,11 @@ def check_run(task: dict) -> list[dict]:
         task["width"], task["density"], optimizer, steps=100, seed=task["seed"], zero_init=False
     )
     config = dataclasses.replace(
-        config, n_layer=1 if task["width"] > 512 else 2, warmup=0, momentum_warmup=0, cooldown=0.0
+        config, n_layer=1 if task["width"] > 512 else 2, warmup=0, momentum_warmup=1, cooldown=0.0
     )
     run = build(config, [rules(task["rule"], task["power"], task["mask_first"])])
     batches, _ = data(run.config)
-    fixed = torch.from_numpy(batches.batch_at(1000).astype("int64"))
+    fixed = batches.batch_at(config.steps - 1)  # never trained on here
     layers = {name: m for name, m in run.model.blocks.named_modules() if isinstance(m, tg.Linear)}
     start, seen, rows = {name: m.weight.detach().clone() for name, m in layers.items()}, {}, []
     for name, layer in layers.items():
@@ -308,10 +308,7 @@ def check_run(task: dict) -> list[dict]:
 
     first = look()
     for step in range(1, steps + 1):
-        tokens = torch.from_numpy(batches.batch_at(step).astype("int64"))
-        tg.forward_backward(
-            run.model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), config.rows, 1
-        )
+        tg.forward_backward(run, *tg.split(batches.batch_at(step), run.runtime.device))
         tg.update(run)
         now = look()
         sizes = {}

@@ -58,8 +58,37 @@ PUBLIC_HISTORY = (
     (1.8, "paired-head attention, fused ReLU² kernel"),
     (1.65, "bigram hash embedding"),
     (1.5, "FP8 head kernels"),
+    (1.44, "learning rate decays to 0.15, last layers attend from one saved activation"),
+    (1.41, "queries and keys orthogonalised in pairs of heads"),
     (1.36, "MUDD skips"),
-    (1.23, "FP8 MLP, dynamically composed heads, prefix-token loss (July 2026)"),
+    (1.35, "exclusive self-attention (XSA) of learned strength"),
+    (1.32, "sign trick for bigrams, FP8 MLP up-projection"),
+    (1.27, "MUDD gates, dynamically composed heads"),
+    (1.24, "prefix-token loss, faster ReLU² kernel"),
+    (1.23, "FP8 MLP down-projection (July 2026)"),
+)
+# Claims at github.com/KellerJordan/modded-nanogpt that were not merged by September 2026:
+# pull request, minutes, state, what is new.
+PENDING = (
+    (
+        349,
+        1.08,
+        "closed: #360 replaces it",
+        "64.7 s (n = 12): ANVIL optimizer, FP8 throughout, new schedule",
+    ),
+    (
+        366,
+        1.13,
+        "open",
+        "67.9 s (n = 12): hashed n-grams in the host's memory, 80M rows, added to values",
+    ),
+    (
+        360,
+        0.67,
+        "open; reviewers dispute the table",
+        "39.9 s (n = 18): sampled softmax in the training loss, a table of bigrams and trigrams "
+        "with 84.6M rows (the merged record's has 0.38M), ANVIL, FP8 throughout",
+    ),
 )
 
 
@@ -226,7 +255,13 @@ def ablation(records: list[Record]) -> str:
 
 def public_table() -> str:
     lines = [row("minutes", "what was new"), "|---:|---|"]
-    return "\n".join(lines + [row(f"{minutes:g}", what) for minutes, what in PUBLIC_HISTORY])
+    lines += [row(f"{minutes:g}", what) for minutes, what in PUBLIC_HISTORY]
+    lines += ["", "Claimed, not merged (as of September 2026):", ""]
+    lines += [row("minutes", "pull request", "state", "what is new"), "|---:|---|---|---|"]
+    for pull, minutes, state, what in PENDING:
+        link = f"[#{pull}](https://github.com/KellerJordan/modded-nanogpt/pull/{pull})"
+        lines.append(row(f"{minutes:g}", link, state, what))
+    return "\n".join(lines)
 
 
 def texts(tracks: dict) -> dict[str, dict[str, str]]:
@@ -262,7 +297,7 @@ def draw_public(axis):
     axis.plot(range(len(minutes)), minutes, "o", color="#888888", markersize=4)
     axis.plot([start], [7.8], "o", color=plot.COLOURS[1], markersize=8)
     text = dict(textcoords="offset points", fontsize=9)
-    for i, offset in ((0, (6, 2)), (start, (8, 6)), (last, (-52, -4))):
+    for i, offset in ((0, (6, 2)), (start, (8, 6)), (last, (-34, 9))):
         axis.annotate(f"{minutes[i]:g} min", (i, minutes[i]), xytext=offset, **text)
     here = "this repository starts here"
     axis.annotate(here, (start, 7.8), xytext=(8, 20), color=plot.COLOURS[1], **text)

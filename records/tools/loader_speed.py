@@ -19,16 +19,16 @@ def main(argv) -> int:
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--spread_rows", action="store_true")
     args = parser.parse_args(argv)
+    batch_tokens = args.rows * args.seq_len
     try:
-        shards = train_gpt.Shards(args.files, "files")
-        batch_tokens = args.rows * args.seq_len
-        steps = (len(shards) - 1) // batch_tokens
-        train_gpt.refuse(
-            steps < 1,
-            f"{args.files} holds {len(shards):,} tokens, less than a batch of {batch_tokens:,}",
-        )
+        shards = train_gpt.Shards(args.files, "files", args.seq_len)
+        steps = len(shards) // args.rows
+        if not steps:
+            raise BadInput(
+                f"{args.files} holds {len(shards):,} rows, fewer than --rows {args.rows}"
+            )
         config = train_gpt.Config(
-            batch_tokens=batch_tokens,
+            batch_tokens=(batch_tokens,),
             seq_len=args.seq_len,
             val_tokens=args.seq_len,
             steps=steps,

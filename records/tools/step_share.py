@@ -31,23 +31,23 @@ def main(argv) -> int:
         print(__doc__)
         return 0
     sync = train_gpt.torch.cuda.synchronize if train_gpt.torch.cuda.is_available() else lambda: None
-    passes, updates, clocks = [], [], []
-    stop = train_gpt.Clock.stop
+    passes, updates, runs = [], [], []
+    result_of = train_gpt.result_of
 
-    def noting_stop(clock):
-        stop(clock)
-        clocks.append(clock.seconds)
+    def noting_result(run, *rest):
+        runs.append(run)
+        return result_of(run, *rest)
 
-    train_gpt.Clock.stop = noting_stop
+    train_gpt.result_of = noting_result
     train_gpt.forward_backward = timed(train_gpt.forward_backward, passes, sync)
     train_gpt.update = timed(train_gpt.update, updates, sync)
-    if not any(word.startswith("--steps") for word in argv):
+    if "--steps" not in argv:
         argv = ["--steps", "60", *argv]
     code = train_gpt.main(argv)
     if code:
         return code
-    steps = len(updates) - 1  # the first one is the warm-up's, outside the clock
-    total = clocks[-1]
+    steps, total = runs[0].config.steps, runs[0].clock.seconds
+    # What came before belongs to the warm-up, outside the clock
     forward, update = sum(passes[-steps:]) / total, sum(updates[-steps:]) / total
     print(
         f"{steps} steps, {total:.2f} s of training: forward and backward {forward:.1%}, "
