@@ -121,13 +121,17 @@ class Places:
         return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
 
 
-def scheduled(corpus: Corpus, config, first: int, last: int) -> np.ndarray:
-    """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1, rows spread."""
+def loader(corpus: Corpus, config):
+    """Our own batches of places, rows spread."""
     import train_gpt
 
-    used = np.zeros(len(corpus.train), bool)
     order = replace(config, spread_rows=True, epochs_allowed=2**20)
-    batches = train_gpt.Batches(Places(len(used), config.seq_len), order)
+    return train_gpt.Batches(Places(len(corpus.train), config.seq_len), order)
+
+
+def scheduled(corpus: Corpus, config, first: int, last: int) -> np.ndarray:
+    """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1, rows spread."""
+    used, batches = np.zeros(len(corpus.train), bool), loader(corpus, config)
     for step in range(first, last):
         used[batches.batch_at(step)] = True
     return used
@@ -242,20 +246,22 @@ class Case:
             print(f"  {text}", file=sys.stderr, flush=True)
 
     def read_config(self):
-        """Sizes of the base run, as its log tells them: for the order of rows, which is ours."""
-        said, result = self.base.run.config or {}, self.base.run.result or {}
+        """Our own Config of what the base run's log says, for the order of rows; and its tokens."""
+        ours, known = vars(self.preset), {}
+        for name, value in (self.base.run.config or {}).items():
+            if name in ours:
+                several = isinstance(ours[name], tuple)
+                known[name] = tuple(np.atleast_1d(value).tolist()) if several else value
         try:
-            batches = tuple(np.atleast_1d(said["batch_tokens"]).tolist())
-            sizes = dict(seq_len=said["seq_len"], steps=said["steps"], batch_tokens=batches)
-            config = replace(self.preset, val_tokens=self.val_tokens, **sizes)
+            config = replace(self.preset, **known | dict(val_tokens=self.val_tokens))
             self.row_order = self.rng.permutation(config.val_tokens // config.seq_len)
-            at_step = [batches[s * len(batches) // config.steps] for s in range(config.steps)]
-            tokens, planned = int(result["tokens"]), sum(at_step)
+            planned = int(loader(self.corpus, config).first[-1]) * config.seq_len
+            tokens = int(self.base.run.result["tokens"])
+            if tokens > planned:  # a schedule of its own, told in the result
+                config = replace(config, steps=math.ceil(config.steps * tokens / planned))
         except Exception as error:  # whatever the script wrote there
             self.base.why = f"its log's config or result cannot be used ({type(error).__name__})"
             return
-        if tokens > planned:  # a schedule of its own, told in the result
-            config = replace(config, steps=math.ceil(config.steps * tokens / planned))
         self.config, self.tokens = config, max(tokens, planned)
 
     # what a run is given
@@ -276,7 +282,7 @@ class Case:
         return self.corpus.files(other_train, self.other_val if val else None)
 
     def first_batches(self) -> np.ndarray:
-        batch = self.config.batch_tokens[0]
+        batch = int(loader(self.corpus, self.config).first[1]) * self.config.seq_len
         return self.kept(min(FIRST, self.config.steps), FIRST * batch)
 
     def later_files(self):
