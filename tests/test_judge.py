@@ -386,6 +386,8 @@ def test_scheduled_tokens_are_those_of_the_loader(corpus, tmp_path):
     shards = train_gpt.Shards(f"{tmp_path}/train.bin", "train_files", 32)
     batches = train_gpt.Batches(shards, replace(config, spread_rows=True))
     assert [int(batches.batch_at(step).min()) for step in (3, 4, 5)] == [1, 1, 0]
+    used = judge_case.scheduled(corpus, replace(config, max_document=20), 0, 2)
+    assert (corpus.train[np.flatnonzero(used[1:] & ~used[:-1]) + 1] == 256).all()
 
 
 def lines(*rows):

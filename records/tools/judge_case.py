@@ -3,6 +3,7 @@
 import math
 import os
 import sys
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from records.tools.judge_runs import Answers, Training, run_all
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 2  # batches whose tokens the first update may depend on: its own, or one twice as large
 QUESTIONS = 1536  # positions at which the model is shown the prefix alone
+ASKED_AT_ONCE = 8192  # tokens, or one row
 PROBED = 256  # rows on which models are compared where all would take too long
 REPEATED = 1.5  # times as far apart as two runs of the same, where these are not equal, is equal
 RUN_LOCAL = ("log_dir", "checkpoint_every", "checkpoint_dir", "train_files", "val_files")
@@ -111,26 +113,39 @@ class Places:
 
     pattern = "the training tokens"
 
-    def __init__(self, tokens: int, seq_len: int):
-        self.tokens, self.seq_len = tokens, seq_len
+    def __init__(self, corpus: Corpus, config):
+        import train_gpt
+
+        self.seq_len, self.documents = config.seq_len, None
+        self.rows = (len(corpus.train) - 1) // self.seq_len
+        if config.max_document:  # rows start at documents
+            with tempfile.TemporaryDirectory() as folder:
+                path, room = Path(folder, "train.bin"), self.seq_len + 1
+                shards.write_shard(path, corpus.train)
+                self.documents = train_gpt.pack(path, corpus.mark, room, config.max_document)
+            self.rows = len(self.documents)
 
     def __len__(self):
-        return (self.tokens - 1) // self.seq_len
+        return self.rows
 
     def read(self, numbers) -> np.ndarray:
-        return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        if self.documents is None:
+            return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
+        rows = [[np.arange(at, at + n) for at, n in self.documents[row]] for row in numbers]
+        return np.stack([np.concatenate(row) for row in rows])
 
 
 def loader(corpus: Corpus, config):
-    """Our own batches of places, rows spread."""
+    """Our own batches of places, rows in the stream's order where they start at documents, else
+    spread."""
     import train_gpt
 
-    order = replace(config, spread_rows=True, epochs_allowed=2**20)
-    return train_gpt.Batches(Places(len(corpus.train), config.seq_len), order)
+    order = replace(config, spread_rows=not config.max_document, epochs_allowed=2**20)
+    return train_gpt.Batches(Places(corpus, config), order)
 
 
 def scheduled(corpus: Corpus, config, first: int, last: int) -> np.ndarray:
-    """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1, rows spread."""
+    """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1."""
     used, batches = np.zeros(len(corpus.train), bool), loader(corpus, config)
     for step in range(first, last):
         used[batches.batch_at(step)] = True
@@ -247,14 +262,15 @@ class Case:
 
     def read_config(self):
         """Our own Config of what the base run's log says, for the order of rows; and its tokens."""
-        ours, known = vars(self.preset), {}
+        ours = vars(self.preset)
+        known = dict.fromkeys(("val_seq_len", "max_document", "extension"), 0)  # unless it says so
         for name, value in (self.base.run.config or {}).items():
             if name in ours:
                 several = isinstance(ours[name], tuple)
                 known[name] = tuple(np.atleast_1d(value).tolist()) if several else value
         try:
             config = replace(self.preset, **known | dict(val_tokens=self.val_tokens))
-            self.row_order = self.rng.permutation(config.val_tokens // config.seq_len)
+            self.row_order = self.rng.permutation(config.val_tokens // config.val_len)
             planned = int(loader(self.corpus, config).first[-1]) * config.seq_len
             tokens = int(self.base.run.result["tokens"])
             if tokens > planned:  # a schedule of its own, told in the result
@@ -305,15 +321,20 @@ class Case:
         return with_flags(self.first_flags, steps=max(2, self.config.steps // 10))
 
     def rising_flags(self):
-        tokens = min(self.val_tokens, PROBED * self.config.seq_len)
+        tokens = min(self.val_tokens, PROBED * self.config.val_len)
         every = max(1, self.config.steps // 3)
         return with_flags(self.flags, val_every=every, val_tokens=tokens)
 
     # what a model is asked
 
+    @property
+    def most(self) -> int:
+        """Rows in a batch, at most: logits take memory."""
+        return max(1, ASKED_AT_ONCE // self.config.val_len)
+
     def rows(self, corpus: Corpus) -> np.ndarray:
         """[N, T + 1] of validation tokens; each target is in one row."""
-        length, count = self.config.seq_len, len(self.row_order)
+        length, count = self.config.val_len, len(self.row_order)
         flat = corpus.val[: count * length + 1].astype(np.int64)
         return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
@@ -330,7 +351,11 @@ class Case:
         def ask():
             rows = chosen()
             dice = np.random.default_rng([self.args.dice, len(rows)])
-            return rows[:, :-1] if self.bytes else rows, batch_sizes(len(rows), 64, dice), None
+            return (
+                rows[:, :-1] if self.bytes else rows,
+                batch_sizes(len(rows), self.most, dice),
+                None,
+            )
 
         def reduce(answers):
             return losses(answers, chosen()[:, 1:]) if self.bytes else answers.astype(np.float64)
@@ -346,7 +371,7 @@ class Case:
 
         def ask():
             rows = self.rows(self.corpus)
-            count, length = len(rows), self.config.seq_len
+            count, length = len(rows), self.config.val_len
             mixed = self.rng.permutation(count)
             self.moved = max(1, count // 4)
             tested = mixed[self.moved :] if count > 1 else mixed
@@ -358,7 +383,7 @@ class Case:
             future = rows[self.rng.permutation(np.resize(mixed, len(shown))), :-1]
             later = np.arange(length) > self.asked_at[:, None]
             shown[later] = future[later]
-            sizes = batch_sizes(len(shown), 48, self.rng)
+            sizes = batch_sizes(len(shown), self.most, self.rng)
             return shown, sizes, self.asked_at.tolist()
 
         def reduce(answers):
