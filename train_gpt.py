@@ -18,8 +18,8 @@ The whole trainer is this file. From top to bottom:
     Train          warm-up before the clock, the loop, main()
     Methods        ReLoRA, GaLore, LAWA, SuPar: an appendix on hooks; switched off they cost nothing
 
-The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt, --preset
-nov2024) and what beat it since (measured in records/).
+The recipe is that of the public record of 19 January 2026 (github.com/KellerJordan/modded-nanogpt,
+number 62); --preset nov2024 is that of 8 November 2024.
 """
 
 import argparse
@@ -596,7 +596,8 @@ def layer_plan(c: Config) -> list[Layer]:
     if c.middle_skip:
         plan[middle].skip = middle // 2
     if c.value_embeds:
-        for i, table in {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2}.items():
+        outer = 0, 1, n - 3, n - 2, n - 1
+        for i, table in zip(outer, (1, 2, 0, 1, 2), strict=True):
             plan[i].table = table if plan[i].attention else None
     return plan
 
@@ -690,7 +691,8 @@ def bigram_rows(tokens, rows):
     them."""
     before = F.pad(tokens[:, 1:-1], (2, 0), value=rows - 1)
     mixed = (36313 * tokens).int() ^ (27191 * before).int()
-    return F.pad((mixed % (rows - 1))[:, 1:], (1, 0), value=rows - 1)
+    found = mixed % (rows - 1)
+    return F.pad(found[:, 1:], (1, 0), value=rows - 1)
 
 
 class NGrams(nn.ModuleList):
@@ -741,7 +743,8 @@ def rotate(x, tables):
     """Rotary position embedding of [B, T, H, head_dim], arXiv 2104.09864: of the first dims, as
     many as there are angles for; halves, not neighbours."""
     cos, sin = tables[:, : x.size(1)].to(x.dtype)
-    a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    n = cos.size(-1)
+    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -780,9 +783,9 @@ class CausalSelfAttention(nn.Module):
         tables = shared["rotary"][layer.paired]
         q, k = rotate(q, tables), rotate(k, tables)
         if layer.offset:  # the dims that do not rotate; the first token keeps its own
-            still = k[..., k.size(-1) // 2 :]
+            turning, still = k.chunk(2, dim=-1)
             before = torch.cat((still[:, :1], still[:, :-1]), dim=1)
-            k = torch.cat((k[..., : k.size(-1) // 2], before), dim=-1)
+            k = torch.cat((turning, before), dim=-1)
         mask = shared["masks"][layer.long, layer.paired]
         if layer.paired:
             y = attend(interleave(q), interleave(k), interleave(v), mask, shared["scale"])
@@ -923,8 +926,10 @@ class GPT(nn.Module):
         """Mean cross-entropy; in training, predictions of later tokens are added by their
         weights."""
         weights = self.ahead if self.training else self.predictions[0, :1]
-        ahead = [F.pad(targets[:, k:], (0, k), value=-100) for k in range(len(weights))]
-        ahead, total = torch.stack(ahead, dim=-1), 0.0
+        total, shifted = 0.0, [targets]
+        while len(shifted) < len(weights):  # what lies beyond the row is left out: -100
+            shifted.append(F.pad(shifted[-1][:, 1:], (0, 1), value=-100))
+        ahead = torch.stack(shifted, dim=-1)
         for part, goals in zip(x.split(16384, 1), ahead.split(16384, 1), strict=True):
             logits = self.logits(part).flatten(0, 1)
             for weight, goal in zip(weights, goals.flatten(0, 1).unbind(-1), strict=True):
@@ -1146,11 +1151,12 @@ class Muon(Optimizer):
         """NorMuon (arXiv 2510.05491): divide each row of a tall matrix, column of a wide one, by
         its running RMS, and keep the update's norm."""
         decay = self.config.normuon
-        square = u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True)
+        across = -1 if u.size(-2) >= u.size(-1) else -2
+        square = u.square().mean(across, keepdim=True)
         mean = self.moment("row_sq", square).lerp_(square, 1 - decay) / (1 - decay**self.steps)
         even = u / (mean + 1e-16).sqrt()
-        old, new = (x.norm(dim=(-2, -1), keepdim=True) for x in (u, even))
-        return even * (old / (new + 1e-7))
+        size = torch.linalg.matrix_norm(u, keepdim=True)
+        return even * (size / (torch.linalg.matrix_norm(even, keepdim=True) + 1e-7))
 
 
 MATRIX_RULES = {"muon": Muon, "adam": Adam}
@@ -1248,7 +1254,8 @@ def lr_at(step: int, c: Config):
     one update late, as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
     steps = c.steps - c.extension
     left = min(1.0, max(0, steps - step) / max(1, c.cooldown * steps))
-    factor = left * at_step(c.lr_factor, max(0, step - 1), c) + (1 - left) * c.lr_floor
+    stage = at_step(c.lr_factor, max(0, step - 1), c)
+    factor = left * stage + (1 - left) * c.lr_floor
     factor *= min(1.0, (step + 1) / max(1, c.warmup))
     since_wrap = step - c.relora_warm_start
     if c.relora and since_wrap >= 0:  # from near zero back to the same curve
@@ -1586,7 +1593,8 @@ def generate(c):
     tokens, generator = [mark, *encode(c.generate)], seeded(c.seed, "generate")
     out.write(c.generate.encode())
     for _ in range(c.generate_tokens):
-        logits = model(torch.tensor([tokens[-seq_len:]], device=device))[0, -1, : mark + 1]
+        context = torch.tensor([tokens[-seq_len:]], device=device)
+        logits = model(context)[0, -1, : mark + 1]
         odds = torch.softmax(logits.cpu() / max(c.temperature, 1e-6), 0)
         tokens.append(int(torch.multinomial(odds, 1, generator=generator)))
         if tokens[-1] == mark:
@@ -1793,7 +1801,8 @@ def open_data(c, runtime):
     val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
     refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
-    shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
+    trained, validated = (set(map(os.path.realpath, s.paths)) for s in (shards, val))
+    shared = trained & validated
     refuse(shared, f"--val_files and --train_files share {shared}: validate on other tokens")
     everyone = runtime.exchange(identity(c, data))
     odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
@@ -1815,9 +1824,8 @@ def train(c, runtime, argv):
     run.optimizers = make_optimizers(run)
     run.micro, run.clock, run.log, run.data = micro, Clock(runtime.device), log, data
     size = sum(p.numel() for p in run.model.parameters())
-    log.line(
-        f"{c.preset}: {size:,} parameters, {c.steps} steps of {c.batch_tokens} tokens", echo=True
-    )
+    batch = ", then ".join(f"{tokens:,}" for tokens in dict.fromkeys(c.batch_tokens))
+    log.line(f"{c.preset}: {size:,} parameters, {c.steps} steps of {batch} tokens", echo=True)
     log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
     if resumption:
         resume(run, *resumption)
@@ -1909,8 +1917,9 @@ class Method:
 
 
 def make_methods(c):
-    on = {ReLoRA: c.relora, GaLore: c.galore, SuPar: c.sparsity or c.mup_base_width, LAWA: c.lawa}
-    return [method(c) for method in on if on[method]]  # LAWA last: it sees what the others did
+    on = {ReLoRA: c.relora, GaLore: c.galore, SuPar: c.sparsity or c.mup_base_width}
+    on[LAWA] = c.lawa  # last: it sees what the others did
+    return [method(c) for method in on if on[method]]
 
 
 class LoRALinear(Linear):
@@ -1925,7 +1934,8 @@ class LoRALinear(Linear):
 
     def forward(self, x):
         low = F.linear(x, self.A.to(x.dtype))
-        return super().forward(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+        change = F.linear(low, self.B.to(x.dtype))
+        return super().forward(x) + self.scale * change
 
     def merged(self):
         change = self.scale * self.B @ self.A
