@@ -744,7 +744,7 @@ def rotate(x, tables):
     many as there are angles for; halves, not neighbours."""
     cos, sin = tables[:, : x.size(1)].to(x.dtype)
     n = cos.size(-1)
-    a, b, rest = x[..., :n], x[..., n : 2 * n], x[..., 2 * n :]
+    a, b, rest = x.tensor_split((n, 2 * n), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -928,7 +928,8 @@ class GPT(nn.Module):
         weights = self.ahead if self.training else self.predictions[0, :1]
         total, shifted = 0.0, [targets]
         while len(shifted) < len(weights):  # what lies beyond the row is left out: -100
-            shifted.append(F.pad(shifted[-1][:, 1:], (0, 1), value=-100))
+            later = shifted[-1][:, 1:]
+            shifted.append(F.pad(later, (0, 1), value=-100))
         ahead = torch.stack(shifted, dim=-1)
         for part, goals in zip(x.split(16384, 1), ahead.split(16384, 1), strict=True):
             logits = self.logits(part).flatten(0, 1)
