@@ -152,10 +152,10 @@ class Outcome:
         return json.loads(self.body[-1])
 
 
-def run(argv: list[str]) -> Outcome:
-    """train_gpt.main in this process, its streams caught, its signal handlers undone."""
+def run(argv: list[str], trainer=train_gpt) -> Outcome:
+    """The trainer's main in this process, its streams caught, its signal handlers undone."""
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
-    result_of, make_log = train_gpt.result_of, train_gpt.Log.__init__
+    result_of, make_log = trainer.result_of, trainer.Log.__init__
     weights, paths = {}, []
 
     def keep_weights(ran, *rest):
@@ -172,11 +172,11 @@ def run(argv: list[str]) -> Outcome:
         warnings.catch_warnings(action="ignore"),  # torchrun's `record` wants a real stderr
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        mock.patch.object(train_gpt, "result_of", keep_weights),
-        mock.patch.object(train_gpt.Log, "__init__", keep_path),
+        mock.patch.object(trainer, "result_of", keep_weights),
+        mock.patch.object(trainer.Log, "__init__", keep_path),
     ):
         try:
-            code = train_gpt.main([str(word) for word in argv])
+            code = trainer.main([str(word) for word in argv])
         except SystemExit as ended:  # --help
             code = ended.code
         finally:
