@@ -1,0 +1,183 @@
+"""What a run on the stand-in device says about the script."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+from records.tools.nullgpu import estimate
+from records.tools.nullgpu.run import Run
+
+CANNOT_SEE = (
+    "numbers: everything computed is zero, so no loss, no NaN, no branch on a value is real",
+    "speed: nothing is timed but this host; overlap, clocks and caches are not modelled",
+    "other ranks, and time-outs between them: collectives return at once",
+    "cuDNN's attention, which torch may prefer on sm_90: FlashAttention 2 runs in its place",
+    "autotuning's real choice: all candidates seem equally fast, so the first one is taken",
+    "CUDA graphs, NVRTC, profilers, expandable segments; about 0.5 GiB of CUDA's own is a guess",
+)
+
+
+def stages_of(run: Run, options) -> list[dict]:
+    """One row for each stage of the schedules: what an ordinary update of it asks for."""
+    config = run.config()
+    grouped = {}
+    for update in run.seen.get("updates", []):
+        if update["last"] - update["first"] == 1 and not update["validated"]:
+            grouped.setdefault(stage_at(update["first"], config), []).append(update)
+    rows = []
+    for stage, updates in grouped.items():
+        # Updates at the border of a stage, or with a method's rarer work, are not ordinary.
+        size = Counter(launches_of(update) for update in updates).most_common(1)[0][0]
+        ordinary = next(update for update in reversed(updates) if launches_of(update) == size)
+        waits = Counter(len(update["waits"]) for update in updates)
+        row = stage_row(ordinary, dict(stage), config, run.seen, options)
+        rows.append(dict(stage=dict(stage), most_waits=max(waits)) | row)
+    return rows
+
+
+def stage_at(step: int, config: dict) -> tuple:
+    """The values of all schedules at an update, 0-based: ((name, value), ...)."""
+    schedules = {name: value for name, value in config.items() if isinstance(value, list)}
+    schedules.setdefault("batch_tokens", [config.get("batch_tokens", 0)])
+    return tuple(
+        (name, values[step * len(values) // config["steps"]])
+        for name, values in schedules.items()
+        if len(values) > 1 or name == "batch_tokens"
+    )
+
+
+def launches_of(update: dict) -> int:
+    return sum(
+        times
+        for name, (times, _) in update["counts"].items()
+        if name.startswith(("kernel", "matmul"))
+    )
+
+
+def stage_row(update: dict, stage: dict, config: dict, seen: dict, options) -> dict:
+    works = estimate.works_of(update)
+    classes = estimate.by_class(works, options.card, options.gpus)
+    total = {
+        key: sum(row[key] for row in classes.values()) for key in ("bytes", "operations", "seconds")
+    }
+    tokens = stage["batch_tokens"]
+    share = tokens / options.gpus
+    rows = share / config.get("seq_len", 1)
+    flops = seen.get("flops_per_token")
+    utilization = flops * share / total["seconds"] / options.card.bf16_flops if flops else None
+    micro_batches = update["backwards"]
+    return dict(
+        micro_batches=micro_batches,
+        micro_batch=rows / micro_batches if micro_batches else None,
+        launches=launches_of(update),
+        waits=len(update["waits"]),
+        waits_at=[list(wait) for wait in update["waits"]],
+        host_seconds=update["host_seconds"],
+        bytes=total["bytes"],
+        bytes_per_token=total["bytes"] / share if share else None,
+        operations=total["operations"],
+        estimated_seconds=total["seconds"],
+        estimated_mfu=utilization,
+        spills=spills_of(update),
+        uncounted=sum(work.launches for work in works if not work.known),
+        classes=classes,
+        largest=[vars(work) for work in works[:12]],
+    )
+
+
+def spills_of(update: dict) -> dict[str, int]:
+    """{kernel: bytes of local memory per thread}, of the kernels that were launched."""
+    return {
+        name.removeprefix("spill "): int(amount / times)
+        for name, (times, amount) in update["counts"].items()
+        if name.startswith("spill ")
+    }
+
+
+def logged(output: str, artifact: str) -> list[tuple[str, str]]:
+    """(compilation, text) of what torch's log says under TORCH_LOGS's name `artifact`."""
+    found = re.findall(rf"\[(\d+/\d+)[^\]]*\] \[__{artifact}\] (.*)", output)
+    return [(number, text.strip()) for number, text in found]
+
+
+def graph_breaks_of(run: Run) -> list[dict]:
+    lines = [text for _, text in logged(run.output, "graph_breaks")]
+    breaks = []
+    for text, following in zip(lines, [*lines[1:], ""], strict=False):
+        found = re.match(r"Graph break in user code at (.*):(\d+)", text)
+        if found:
+            inside = Path(found[1]).resolve() == run.script
+            reason = following.removeprefix("Graph Break Reason: ")
+            breaks.append(dict(line=int(found[2]) if inside else None, reason=reason))
+    return breaks
+
+
+def report_on(run: Run, options) -> dict:
+    stages = stages_of(run, options)
+    compilations = run.seen.get("compilations", [])
+    reasons = {}
+    for number, text in logged(run.output, "recompiles"):
+        if text.startswith("- "):
+            reasons.setdefault(number, text)
+    for entry in compilations:
+        entry["reason"] = reasons.get(entry["id"])
+    report = dict(
+        script=str(options.script),
+        flags=options.flags,
+        card=options.card.name,
+        gpus=options.gpus,
+        memory_bytes=int(options.memory),
+        exit_code=run.code,
+        compilations=compilations,
+        graph_breaks=graph_breaks_of(run),
+        memory=run.seen.get("memory", {}),
+        stages=stages,
+        output=str(run.folder / "output.txt"),
+    )
+    report |= dict(failures=failures(report, run), warnings=warnings(report))
+    assumptions = [text.format(attention=options.card.attention) for text in estimate.ASSUMPTIONS]
+    return report | dict(assumptions=assumptions, cannot_see=CANNOT_SEE)
+
+
+def failures(report: dict, run: Run) -> list[dict]:
+    """What would fail there, or keep the GPU waiting: [{what, text, line of the script}]."""
+    found = []
+
+    def fail(what: str, text: str, line: int | None = None):
+        found.append(dict(what=what, text=text, line=line))
+
+    total = run.seen.get("total", {})
+    if run.code is None:
+        fail("does not end", "it took longer than --timeout")
+    elif run.code:
+        short = any(name.startswith("memory refused") for name in total)
+        memory = short or "out of memory" in run.output
+        fail("does not fit" if memory else "does not run", run.last_line(), run.line_of_error())
+    for name in total:
+        if name.startswith("refused"):
+            fail("refused", name)
+    for entry in report["graph_breaks"]:
+        fail("graph break", entry["reason"], entry["line"])
+    late = [entry for entry in report["compilations"] if entry["late"]]
+    if late:
+        spent = sum(entry["seconds"] for entry in late)
+        first = late[0]
+        reason = first["reason"] or "a function that the warm-up did not call"
+        text = f"{len(late)} compilations after the clock started, {spent:.1f} s here: {reason}"
+        fail("late compilation", text, first["line"])
+    for stage in report["stages"]:
+        if stage["waits"]:
+            what, line = Counter(map(tuple, stage["waits_at"])).most_common(1)[0][0]
+            fail("wait", f"{stage['waits']} in each update: {what}", line)
+            break
+    return found
+
+
+def warnings(report: dict) -> list[dict]:
+    """What works, but slower than need be."""
+    found = []
+    spills = {name: size for stage in report["stages"] for name, size in stage["spills"].items()}
+    for name, size in spills.items():
+        text = f"{name}: {size} bytes of registers per thread in memory"
+        found.append(dict(what="spill", text=text, line=None))
+    return found
