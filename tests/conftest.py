@@ -11,6 +11,9 @@ torch.set_num_threads(1)  # the test models are tiny: more threads only make the
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    config.addinivalue_line(
+        "markers", "preflight: runs the CUDA path on a stand-in, minutes; only with pytest -m preflight"
+    )
     config.addinivalue_line("markers", "slow: takes more than ten seconds; runs only when asked for: pytest -m slow")
 
 
@@ -20,3 +23,5 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
+        if item.get_closest_marker("preflight") and "preflight" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="preflight: runs with -m preflight"))
