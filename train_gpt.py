@@ -1,65 +1,99 @@
-"""GPT-2 speedrun: train GPT-2 Small on FineWeb to 3.28 validation loss, as fast as the machine allows.
+"""GPT-2 speedrun: train GPT-2 Small on FineWeb to 3.28 validation loss, as fast as possible.
 
-    ./run.sh                                    any machine: sets up, gets the data, picks the preset
-    torchrun --nproc_per_node=8 train_gpt.py    8 GPUs;     python train_gpt.py --help    every flag
+    ./run.sh                                    any machine: set up, get the data, pick the preset
+    torchrun --nproc_per_node=8 train_gpt.py    8 GPUs
+    python train_gpt.py --help                  every flag
 
-The whole trainer is this file, at most 1,100 lines (a test counts). From top to bottom:
+The whole trainer is this file. From top to bottom:
 
-    Config         every setting is a typed field, a --flag and a part of the log; PRESETS are instances of it
-    Runtime        which process this is, how processes agree, how one failure is told to all
-    Data           token shards, checked before step 0; batch_at(step) is a pure function of the step
+    Config         every setting is a typed field, a --flag, a part of the log; PRESETS
+    Runtime        which process this is, and how processes agree
+    Data           token shards; batch_at(step) is a pure function of the step
     Model          the forward pass reads like the paper; one mask rule for two attention backends
     Optimizers     weights as stacks of rows, sharded over ranks: reduce-scatter, update, all-gather
-    Methods        ReLoRA, GaLore, LAWA, SuPar: optional, on shared hooks; switched off they cost nothing
-    Schedules      learning rate and momentum as functions of the step
+    Schedules      rate, momentum and every tuple in Config as functions of the step
     Clock and log  the one place where time is measured; the one file that a run leaves behind
     Checkpoint     a run is never lost: save, find, resume bit for bit
-    Evaluate       validation loss, and sampling from a trained model
+    Evaluate       validation loss, load_model(), sampling
     Train          warm-up before the clock, the loop, main()
-The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt; --preset nov2024) and what beat it since (measured in records/).
+    Methods        ReLoRA, GaLore, LAWA, SuPar: an appendix on hooks; switched off they cost nothing
+
+The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt, --preset
+nov2024) and what beat it since (measured in records/).
 """
-import argparse, concurrent.futures, contextlib, ctypes, dataclasses, datetime, difflib, functools, glob, hashlib, io, json, math, os, platform, re, resource
-import signal, sys, threading, time, traceback, uuid
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import functools
+import glob
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+import uuid
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
-if [int(part) for part in torch.__version__.split(".")[:2]] < [2, 11]:
-    sys.exit(print(f"train_gpt.py: torch {torch.__version__} is too old, 2.11 is needed: pip install -r requirements.txt", file=sys.stderr) or 2)
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-SOURCE = Path(__file__).read_bytes().decode("utf-8")  # read first: the log holds the code that really ran
-SOURCE_SHA256 = hashlib.sha256(SOURCE.encode("utf-8")).hexdigest()
+SOURCE = Path(__file__).read_bytes().decode()  # read first: the log holds the code that really ran
+SOURCE_SHA256 = hashlib.sha256(SOURCE.encode()).hexdigest()
 
-# ---------------------------------------------------------------------------------------------------------------- Config
-class UserError(Exception): """Something that only the user can mend: told in one line, exit code 2, no traceback."""
-def refuse(bad, line: str):
-    if bad: raise UserError(line)
+
+# ---------------------------------------------------------------------------------------- Config
+class UserError(Exception):
+    """Something that only the user can mend: told in one line, exit code 2, no traceback."""
+
+
+def refuse(bad, line):
+    """Errors: UserError(line) if bad."""
+    if bad:
+        raise UserError(line)
+
+
+@contextlib.contextmanager
+def blame(line):
+    """Errors: UserError(line) for whatever goes wrong inside, with the first line of its cause."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{line} ({cause[:150]})") from None
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One run. Every field is a flag: --steps 50; booleans --bf16, --no_bf16. The comments are the --help."""
-    # run
+    """One run. Every field is a flag: --steps 50; booleans --bf16 or --no_bf16. A tuple takes one
+    value per equal stage of the run (--batch_tokens 1024 2048), or one for all of it."""
+
     preset: str = "gpt2_small"  # where all other fields start from
     steps: int = 3242  # optimizer updates
     seed: int = 0  # of the initial weights and everything random
     target: float = 3.28  # validation loss to reach, nats per token
-    device: str = "auto"  # auto, cpu or cuda
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
-    log_dir: str = "logs"  # the log is <log_dir>/<run_id>.txt
     # data
-    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # token shards, a glob
-    val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # token shards, a glob
-    batch_tokens: int = 524288  # tokens per update, over all ranks
+    batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
     seq_len: int = 1024  # tokens per row
-    micro_batch: int = 0  # rows per forward pass of a rank; 0: as many as fit
     val_tokens: int = 10485760  # validation tokens, the same ones every time
     val_every: int = 125  # updates between validations; 0: only at the end
     epochs_allowed: int = 1  # how often the training tokens may be seen
-    spread_rows: bool = False  # rows of a batch from all over the data, not side by side: for data that is not shuffled
+    spread_rows: bool = False  # rows from all over the data: for data that is not shuffled
     # model
     vocab_size: int = 50257  # tokens in the data; the last one marks the start of a document
     n_layer: int = 12  # blocks
@@ -69,17 +103,17 @@ class Config:
     embed_residual: bool = True  # mix the normed embedding into every block's input
     untie_head: bool = True  # lm_head has weights of its own
     zero_init: bool = True  # lm_head, o and down start at zero
-    ngram: int = 0  # embeddings of the last 2, 3, ... this many tokens, side by side, are added to the token's; 0: off
+    ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
     ngram_rows: int = 16384  # of each table of such embeddings; n-grams share rows by hash
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     qk_norm: bool = True  # RMSNorm on queries and keys
     bf16: bool = True  # activations and wte in bfloat16, other weights cast at use
     doc_mask: bool = False  # tokens attend within their own document only
-    window: int = 0  # tokens that a short layer looks back
+    window: tuple[int, ...] = (0,)  # tokens that a short layer looks back; 0: no limit
     window_pattern: str = "L"  # S(hort) and L(ong) layers, repeated over the depth
-    attention: str = "auto"  # sdpa or flex; auto: flex where CUDA is compiled and a mask is needed
+    attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex if compiled, masked, on CUDA
     # optimizers
-    matrix_optimizer: str = "muon"  # of the hidden matrices: muon or adam
+    matrix_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden matrices
     lr_muon: float = 0.02  # Muon's rate
     lr_adam: float = 0.002  # Adam's rate for hidden matrices and adapters
     lr_embed: float = 0.3  # Adam's rate for wte
@@ -87,440 +121,687 @@ class Config:
     lr_head: float = 0.002  # Adam's rate for lm_head, and for wte when tied to it
     lr_scalar: float = 0.02  # Adam's rate for the lambdas
     momentum: float = 0.95  # Muon's, after a warm-up from 0.85
-    momentum_warmup: int = 300  # updates
+    momentum_warmup: int = 500  # updates
     normuon: float = 0.0  # decay of NorMuon's mean square of each neuron's update; 0: plain Muon
     beta1: float = 0.9  # Adam's
     beta2: float = 0.95  # Adam's
     adam_eps: float = 1e-8  # Adam's
+    lr_factor: tuple[float, ...] = (1.0,)  # on all rates
     warmup: int = 0  # updates of linear learning-rate warm-up
     cooldown: float = 0.2856  # share of the run, at its end, in which the rates fall
     lr_floor: float = 0.0  # ... to this share of themselves
     # methods
     relora: int = 0  # ReLoRA: rank of the adapters; 0: off
-    relora_alpha: float = 0.0  # adapters count alpha / rank; 0: a quarter of the rank
+    relora_scale: float = 0.25  # of what the adapters add: alpha / rank
     relora_warm_start: int = 0  # full-rank updates before the adapters; 0: a quarter of the run
-    relora_interval: int = 0  # updates between merges; 0: a quarter of the updates left
-    relora_rewarm: int = 0  # updates of re-warming after a merge; 0: a tenth of the interval
-    relora_prune: float = 0.99  # share of the adapters' moments set to zero at a merge
-    relora_optimizer: str = "adam"  # of the adapters: adam or muon
+    relora_interval: int = 0  # updates between merges, a tenth to re-warm; 0: a quarter of the rest
+    relora_optimizer: Literal["adam", "muon"] = "adam"  # of the adapters
     galore: int = 0  # GaLore: rank of the projected gradients; 0: off
-    galore_inner: str = "adam"  # optimizer in the projected space: adam or muon
+    galore_inner: Literal["adam", "muon"] = "adam"  # optimizer in the projected space
     galore_interval: int = 200  # updates between projections
     galore_scale: float = 0.25  # factor on the projected update
-    galore_bits: int = 32  # of a moment's entry: 32 or 8
-    galore_per_layer: bool = False  # update each matrix as its gradient arrives, then free the gradient
+    galore_bits: Literal[32, 8] = 32  # of a moment's entry
+    galore_per_layer: bool = False  # update a matrix as its gradient arrives, and free the gradient
     lawa: int = 0  # LAWA: how many snapshots are averaged; 0: off
     lawa_interval: int = 0  # updates between snapshots; 0: one per cent of the run
-    lawa_mode: str = "eval"  # eval: validate on the average; replace: also train on from it
+    lawa_mode: Literal["eval", "replace"] = "eval"  # validate on the average, or also train on it
     sparsity: float = 0.0  # SuPar: share of every hidden matrix fixed at zero
     mup_base_width: int = 0  # SuPar: width at which the rates were tuned; 0: this width
-    # checkpoints, and sampling from one
+    # files and machine: from here on, nothing that changes what is trained
+    train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # token shards, a glob
+    val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # token shards, a glob
+    log_dir: str = "logs"  # the log is <log_dir>/<run_id>.txt
+    micro_batch: int = 0  # rows per forward pass of a rank; 0: as many as fit
+    rank_timeout: float = 600.0  # seconds that ranks wait for each other before they give up
     checkpoint_every: int = 0  # updates between checkpoints; 0: none
     checkpoint_keep: int = 2  # newest checkpoints of the run that stay on disk
     checkpoint_dir: str = "checkpoints"  # they are <checkpoint_dir>/<run_id>/step_<n>.pt
     resume: str = ""  # train on from a checkpoint: its path, or latest
     resume_anyway: bool = False  # ... although flags, source or data changed
-    rank_timeout: float = 25.0  # seconds after which a silent rank counts as lost
     generate: str = ""  # do not train, continue this text
     checkpoint: str = ""  # ... with the model of this checkpoint: its path, or latest
     generate_tokens: int = 200  # ... by so many tokens
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
-    def __post_init__(self):  # every rule that a single config must obey
-        get, fields, T = functools.partial(getattr, self), type(self).__dataclass_fields__, self.seq_len
-        for name, field in fields.items():
-            value, low, high = get(name), int(name in POSITIVE), AT_MOST.get(name, {int: 2**63 - 1, float: sys.float_info.max}.get(field.type))
-            refuse(value not in CHOICES.get(name, [value]), f"--{name} {value}: must be one of {', '.join(map(str, CHOICES.get(name, [])))}")
-            refuse(high and not low <= value <= high, f"--{name} {value}: must be a number from {low} {f'to {high}' if name in AT_MOST else 'up'}")
-            method, given = name.split("_")[0], value != field.default
-            if given and name != method and method in ("relora", "galore", "lawa"):
-                refuse(not get(method), f"--{name} does nothing without --{method}")
-                lasts = value if name.endswith(("interval", "start", "rewarm")) else 0  # updates
-                refuse(lasts >= self.steps, f"--{name} {value} is not shorter than the run of {self.steps} steps")
-        for name in ("batch_tokens", "val_tokens"):
-            refuse(get(name) % T, f"--{name} {get(name)} is not divisible by --seq_len {T}; nearest: {max(1, round(get(name) / T)) * T}")
-        for name in ("relora", "galore"): refuse(get(name) > self.n_embd, f"--{name} {get(name)}: rank above that of the matrices, {self.n_embd}")
-        refuse(self.n_embd % (2 * self.n_head), f"--n_embd {self.n_embd} over --n_head {self.n_head} must give an even whole head_dim")
-        refuse(self.ngram == 1 or self.ngram > self.n_embd, f"--ngram {self.ngram}: must be 0 (off), or from 2 up to --n_embd {self.n_embd}")
-        windows, allowed = f"--window {self.window} with --window_pattern {self.window_pattern}", [{"S"}, {"L", "S"}] if self.window else [{"L"}]
-        refuse(set(self.window_pattern) not in allowed, f"{windows}: letters L and S only, and an S if and only if there is a window")
-        refuse(self.warmup > self.steps, f"--warmup {self.warmup} is longer than the run of {self.steps} steps")
-        refuse(self.generate and not self.checkpoint, "--generate needs --checkpoint PATH (or latest)")
-        on = [name for name in ("relora", "galore", "sparsity", "mup_base_width") if get(name)]
-        refuse(len(on) > 1 and on != ["sparsity", "mup_base_width"], f"--{' and --'.join(on)} cannot be combined: each trains the hidden matrices its way")
-    rows = property(lambda self: self.batch_tokens // self.seq_len)  # of a global batch
-    padded_vocab = property(lambda self: -(-self.vocab_size // 64) * 64)  # matmuls like multiples of 64
-CHOICES = dict(device=("auto", "cpu", "cuda"), attention=("auto", "sdpa", "flex"), matrix_optimizer=("muon", "adam"),
-               relora_optimizer=("adam", "muon"), galore_inner=("adam", "muon"), galore_bits=(32, 8), lawa_mode=("eval", "replace"))
-AT_MOST = dict(vocab_size=65536, ngram=8, normuon=0.9999, momentum=0.9999, beta1=0.9999, beta2=0.99999, sparsity=0.9999, cooldown=1, lr_floor=1, relora_prune=1)
-POSITIVE = {"steps", "batch_tokens", "seq_len", "val_tokens", "epochs_allowed", "vocab_size", "n_layer", "n_head", "n_embd",
-            "ngram_rows", "galore_interval", "checkpoint_keep", "generate_tokens", "rank_timeout"}
-RUN_LOCAL = {"log_dir", "train_files", "val_files", "micro_batch", "checkpoint_every", "checkpoint_keep", "checkpoint_dir", "resume",
-             "resume_anyway", "rank_timeout", "generate", "checkpoint", "generate_tokens", "temperature"}  # not part of what is trained
-FIELDS = {field.name: field.type for field in dataclasses.fields(Config)}
-PRESETS = {name: Config(preset=name, **fields) for name, fields in {
-    "nov2024": {},  # the fields' defaults: 8xH100 record of 8 November 2024
-    "gpt2_small": dict(normuon=0.95),
-    "gpt2_medium": dict(normuon=0.95, n_layer=24, n_head=8, n_embd=1024, steps=6000, target=2.92),
-    "gpt2_xl": dict(normuon=0.95, n_layer=48, n_head=25, n_embd=1600, steps=10000, target=2.8),
-    "laptop": dict(train_files="data/laptop/laptop_train_*.bin", val_files="data/laptop/laptop_val_*.bin", vocab_size=257, n_layer=2,
-                   n_head=2, n_embd=128, ngram=5, normuon=0.95, batch_tokens=2048, seq_len=128, val_tokens=262144, val_every=50, steps=181, target=1.26,
-                   spread_rows=True, lr_muon=0.04, lr_head=0.008, cooldown=0.6, lr_floor=0.1, momentum_warmup=40, bf16=False),
-}.items()}
-def flag_table() -> list[tuple[str, str, object]]:  # (flag, its comment in Config, default in gpt2_small): what --help and the README print
-    body = SOURCE.split("class Config:", 1)[1].split("def __post_init__", 1)[0]
-    return [(name, comment, getattr(PRESETS["gpt2_small"], name)) for name, comment in re.findall(r"^    (\w+): .*?  # (.*)$", body, re.M)]
+
+    def __post_init__(self):
+        check_config(self)
+
+    @property
+    def padded_vocab(self):
+        return -(-self.vocab_size // 64) * 64  # matmuls like multiples of 64
+
+
+def check_config(c):
+    """Mistakes that would waste a run. Errors: UserError, one line that says what to do."""
+    for name, value in vars(c).items():
+        default = getattr(Config, name)
+        counts = type(default) is int and default > 0 and name != "val_every"
+        for number in value if isinstance(value, tuple) else [value]:
+            wrong = isinstance(number, int | float) and not counts <= number < 2**63
+            refuse(wrong, f"--{name} {number}: must be a number from {int(counts)} up")
+    shares = max(c.momentum, c.beta1, c.beta2, c.normuon, c.sparsity)
+    refuse(shares >= 1, f"{shares}: momentum, betas, --normuon and --sparsity must be below 1")
+    refuse(not all(c.batch_tokens), "--batch_tokens must be above 0")
+    for tokens in (*c.batch_tokens, c.val_tokens):
+        refuse(tokens % c.seq_len, f"{tokens} tokens are no multiple of --seq_len {c.seq_len}")
+    longest = max(c.warmup, c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval)
+    refuse(longest > c.steps, f"--steps {c.steps} end before a warm-up or interval of {longest}")
+    refuse(max(c.relora, c.galore) > c.n_embd, f"--relora and --galore: at most rank {c.n_embd}")
+    refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
+    refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
+    letters = {"L", "S"} if any(c.window) else {"L"}
+    fits = set(c.window_pattern) | {"L"} == letters
+    refuse(
+        not fits, "--window_pattern: letters L and S only, an S if and only if there is a --window"
+    )
+    refuse(c.generate and not c.checkpoint, "--generate needs --checkpoint PATH (or latest)")
+    methods = [c.relora, c.galore, c.sparsity or c.mup_base_width]
+    refuse(sum(map(bool, methods)) > 1, "--relora, --galore and SuPar exclude each other")
+
+
+PRESETS = {
+    "nov2024": Config("nov2024"),  # the fields' defaults: 8xH100 record of 8 November 2024
+    "gpt2_small": Config("gpt2_small", normuon=0.95),
+    "gpt2_medium": Config(
+        "gpt2_medium", steps=6000, target=2.92, n_layer=24, n_head=8, n_embd=1024, normuon=0.95
+    ),
+    "gpt2_xl": Config(
+        "gpt2_xl", steps=10000, target=2.8, n_layer=48, n_head=25, n_embd=1600, normuon=0.95
+    ),
+    "laptop": Config(
+        "laptop",
+        steps=181,
+        target=1.26,
+        batch_tokens=(2048,),
+        seq_len=128,
+        val_tokens=262144,
+        val_every=50,
+        spread_rows=True,
+        vocab_size=257,
+        n_layer=2,
+        n_head=2,
+        n_embd=128,
+        ngram=5,
+        bf16=False,
+        lr_muon=0.04,
+        lr_head=0.008,
+        momentum_warmup=40,
+        normuon=0.95,
+        cooldown=0.6,
+        lr_floor=0.1,
+        train_files="data/laptop/laptop_train_*.bin",
+        val_files="data/laptop/laptop_val_*.bin",
+    ),
+}
+
+
 def parse_config(argv: list[str], default_preset: str) -> Config:
-    """Flags to Config. Errors: UserError for an unknown flag (names the nearest), a wrong type, a bad combination; --help exits."""
-    wide, end = functools.partial(argparse.HelpFormatter, max_help_position=34, width=170), f"In [ ]: gpt2_small's. Presets: {', '.join(PRESETS)}."
-    parser = argparse.ArgumentParser(usage="train_gpt.py [--flag value ...]; booleans: --flag or --no_flag", epilog=end, formatter_class=wide,
-                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = lambda message: refuse(True, f"{message} (--help lists all flags)")
-    for name, comment, default in flag_table():
-        kind, about, latest = FIELDS[name], f"{comment} [{default}]", dict(nargs="?", const="latest") if name == "resume" else {}
-        if "bool" not in str(kind): parser.add_argument(f"--{name}", type=kind, metavar="", help=about, **latest)
+    """Flags to Config. Errors: UserError for a flag that is wrong, or that nothing would read."""
+    parser = argparse.ArgumentParser(
+        usage="train_gpt.py [--flag value ...]",
+        description=inspect.getsource(Config).partition("\n    def ")[0],
+        epilog=f"The values above are those of nov2024. Presets: {', '.join(PRESETS)}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.error = functools.partial(refuse, True)
+    for field in dataclasses.fields(Config):
+        kind, options = field.type, dict(help=argparse.SUPPRESS)
+        if kind in (bool, bool | None):
+            off = dict(options, dest=field.name, action="store_false")
+            parser.add_argument(f"--no_{field.name}", **off)
+            options["action"] = "store_true"
+        elif get_origin(kind) is tuple:
+            options |= dict(nargs="+", type=get_args(kind)[0])
+        elif get_origin(kind) is Literal:
+            options |= dict(choices=get_args(kind), type=type(field.default))
+        elif field.name == "resume":
+            options |= dict(nargs="?", const="latest")
         else:
-            parser.add_argument(f"--{name}", action="store_true", help=about)
-            parser.add_argument(f"--no_{name}", action="store_false", help=argparse.SUPPRESS, dest=name)
-    given, unknown = parser.parse_known_args(argv)
-    near = [f", did you mean --{name}?" for name in difflib.get_close_matches("".join(unknown[:1]).removeprefix("--"), FIELDS, n=1)]
-    if unknown: parser.error(f"unknown argument {unknown[0]}{(near or ['' if unknown[0].startswith('-') else '; a glob needs quotes'])[0]}")
-    names = [word.partition("=")[0].replace("--no_", "--") for word in argv if word.startswith("--")]
-    for name in names: refuse(names.count(name) > 1, f"{name} is given twice")
-    refuse("" in vars(given).values(), f"--{next((name for name, value in vars(given).items() if value == ''), '')} needs a value")
-    preset = getattr(given, "preset", default_preset)
+            options["type"] = kind
+        parser.add_argument(f"--{field.name}", **options)
+    given = vars(parser.parse_args(argv))
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    preset = given.get("preset", default_preset)
     refuse(preset not in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[preset], **vars(given))
-def resolve(config: Config, device: torch.device) -> Config:
+    config = dataclasses.replace(PRESETS[preset], **given)
+    for name, reason in idle_flags(config).items():
+        refuse(name in given, f"--{name} does nothing {reason}")
+    return config
+
+
+def idle_flags(c):
+    """{flag that nothing would read, given the others: why}."""
+    idle = {}
+    for owner in ("relora", "galore", "lawa", "ngram", "generate"):
+        if not getattr(c, owner):
+            names = [name for name in vars(c) if name.startswith(f"{owner}_")]
+            idle |= dict.fromkeys(names, f"without --{owner}")
+    if c.galore:
+        idle["matrix_optimizer"] = "with --galore, which has --galore_inner"
+    rules = {c.galore_inner if c.galore else c.matrix_optimizer, c.relora and c.relora_optimizer}
+    for flag, rule in {"lr_muon": "muon", "normuon": "muon", "lr_adam": "adam"}.items():
+        if rule not in rules:
+            idle[flag] = f"where no matrix is trained by {rule}"
+    return idle
+
+
+def resolve(c, device):
     """Every "chosen for you" value replaced by what was chosen, so that the log says what ran."""
-    c, compile = config, device.type == "cuda" if config.compile is None else config.compile
-    masked = c.doc_mask or any(0 < window < c.seq_len for window in layer_windows(c))
-    auto = "flex" if device.type == "cuda" and compile and masked else "sdpa"
-    new = dict(device=device.type, compile=compile, attention=auto if c.attention == "auto" else c.attention)
-    if c.relora:
-        wrap = c.relora_warm_start or max(1, c.steps // 4)
-        every = c.relora_interval or max(1, (c.steps - wrap) // 4)
-        alpha, rewarm = c.relora_alpha or c.relora / 4, c.relora_rewarm or max(1, every // 10)
-        new |= dict(relora_alpha=alpha, relora_warm_start=wrap, relora_interval=every, relora_rewarm=rewarm)
-    if c.lawa:
-        new["lawa_interval"] = every = c.lawa_interval or max(1, c.steps // 100)
-        refuse(c.lawa * every > c.steps, f"--lawa {c.lawa}: snapshots every {every} of {c.steps} steps never fill the window; lower one of them")
-    return dataclasses.replace(c, **new)
+    cuda = device.type == "cuda"
+    compile = cuda and not c.galore_per_layer if c.compile is None else c.compile
+    early = compile and c.galore_per_layer  # compiled, the backward pass frees nothing early
+    refuse(early, "--galore_per_layer needs --no_compile: else it would save no memory")
+    masked = c.doc_mask or any(c.window)
+    backend = "flex" if cuda and compile and masked else "sdpa"
+    wrap = c.relora_warm_start or max(1, c.steps // 4)
+    return dataclasses.replace(
+        c,
+        device=device.type,
+        compile=compile,
+        attention=backend if c.attention == "auto" else c.attention,
+        relora_warm_start=wrap if c.relora else 0,
+        relora_interval=c.relora_interval or max(1, (c.steps - wrap) // 4),
+        lawa_interval=c.lawa_interval or max(1, c.steps // 100),
+    )
 
-# --------------------------------------------------------------------------------------------------------------- Runtime
+
+# --------------------------------------------------------------------------------------- Runtime
+@dataclasses.dataclass
 class Runtime:
-    """This process among its peers; store is their shared key-value store, None for a single process."""
-    def __init__(self, device: torch.device, rank: int = 0, world_size: int = 1, store=None):
-        self.device, self.rank, self.world_size, self.store, self.cuda = device, rank, world_size, store, device.type == "cuda"
-        self.leaving, self.watcher = threading.Event(), None  # of watch_peers
-    def exchange(self, key: str, value) -> list:
-        """Every rank's JSON-able value, in the order of ranks. Waits up to half an hour: ranks may be compiling or saving."""
-        if not self.store: return [value]
-        self.store.set(f"{key}/{self.rank}", json.dumps(value))
-        return [json.loads(self.store.get(f"{key}/{rank}")) for rank in range(self.world_size)]
-    def reduce(self, tensor: Tensor): return dist.all_reduce(tensor, async_op=True) if self.world_size > 1 else None  # the work to wait for
-def init_runtime(config: Config) -> Runtime:
-    """Device and process group: the one place that touches CUDA or the network."""
-    rank, local_rank, world_size = (int(os.environ.get(name) or default) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    gpus, rows = torch.cuda.device_count(), config.rows
-    cuda = config.device == "cuda" or config.device == "auto" and gpus > 0
-    refuse(cuda and not gpus, "--device cuda: no usable CUDA device on this machine; leave --device out to train on the CPU")
-    refuse(cuda and local_rank >= gpus, f"more processes than the {gpus} GPUs of this machine: lower NPROC")
-    fits = sorted((n for n in range(1, min(rows, 2**16) + 1) if rows % n == 0), key=lambda n: abs(n - world_size))[:2]
-    refuse(rows % world_size, f"{world_size} processes do not divide the {rows} rows of a batch; nearest that do: {' and '.join(map(str, sorted(fits)))}")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda: torch.cuda.set_device(device)
-    elif platform.libc_ver()[0] == "glibc":
-        # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD: freed tensors stay in the heap. Fresh pages made a step up to 10 times as long
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)): ctypes.CDLL(None).mallopt(option, value)
-    if world_size == 1: return Runtime(device)
-    store = next(dist.rendezvous("env://", timeout=datetime.timedelta(minutes=30)))[0]
-    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
-                            timeout=datetime.timedelta(seconds=config.rank_timeout), device_id=device if cuda else None)
-    runtime = Runtime(device, rank, world_size, store)
-    runtime.watcher = threading.Thread(target=watch_peers, args=(runtime, 0.8 * config.rank_timeout), daemon=True)
-    runtime.watcher.start()
-    return runtime
-def watch_peers(runtime: Runtime, patience: float):
-    """Beat once a second; end this process when a peer has been silent for `patience` seconds (killed, stopped, unplugged).
-    Rank 0 watches all, all watch rank 0. A peer that beats but stays away from a collective is up to that one's time-out."""
-    store, last = runtime.store, dict.fromkeys(range(1, runtime.world_size) if runtime.rank == 0 else [0], (b"", time.monotonic()))
-    with contextlib.suppress(RuntimeError, OSError):  # the store is gone: the launcher is ending all of us
-        while not runtime.leaving.wait(1):
-            store.set(f"beat/{runtime.rank}", str(time.time()))
-            for peer, (seen, since) in last.items():
-                now = store.get(f"beat/{peer}") if store.check([f"beat/{peer}"]) else b""
-                if now != seen: last[peer] = now, time.monotonic()
-                elif seen != b"done" and time.monotonic() - since > patience:
-                    tell_failure(runtime, f"rank {peer} died or stopped responding for {patience:.0f} s", 1)
-                    os._exit(1)
-        store.set(f"beat/{runtime.rank}", "done")
-def brief(error) -> str: return (str(error).splitlines() or ["unknown error"])[0]  # all that a user gets of a message
-def tell_failure(runtime: Runtime | None, message: str, code: int):  # one line, from the first rank to fail; also into $SPEEDRUN_ERROR_FILE
-    line, first = f"train_gpt.py: {brief(message)}", not int(os.environ.get("LOCAL_RANK") or 0)
-    with contextlib.suppress(RuntimeError, OSError):  # no store left to ask
-        if runtime and runtime.store: first = runtime.store.compare_set("first to fail", "", str(runtime.rank)) == str(runtime.rank).encode()
-    if first: print(line, file=sys.stderr, flush=True)
-    if first and (path := os.environ.get("SPEEDRUN_ERROR_FILE")): Path(path).write_text(f"{code} {line}\n")
+    """This process among its peers."""
 
-# ------------------------------------------------------------------------------------------------------------------ Data
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def cuda(self):
+        return self.device.type == "cuda"
+
+    def exchange(self, value):
+        """Every rank's value, in the order of ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def sum(self, tensor):
+        """Over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def init_runtime(c):
+    """Device and process group. torchrun sets RANK and its like; without it, a single process."""
+    rank, local_rank = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
+    world_size, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
+    cuda = gpus > 0 if c.device == "auto" else c.device == "cuda"
+    refuse(cuda and local_rank >= gpus, f"{local_rank + 1} processes, but {gpus} usable GPUs here")
+    for tokens in (*c.batch_tokens, c.val_tokens):
+        rows = tokens // c.seq_len
+        refuse(
+            rows % world_size, f"{world_size} processes do not divide {rows} rows of {c.seq_len}"
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group(timeout=datetime.timedelta(seconds=c.rank_timeout))
+    return Runtime(device, rank, world_size)
+
+
+# ------------------------------------------------------------------------------------------ Data
+HEADER_BYTES = (
+    1024  # of a shard as in llm.c: 256 int32 (magic, version, tokens), then uint16 tokens
+)
+
+
 class Shards:
-    """The token shards that match a glob, by name, memory-mapped, as one stream. Format of llm.c: 256 int32 of header, then uint16
-    tokens. A shard that changes during the run is refused before it is read: reading past the end of a map kills a process."""
-    def __init__(self, pattern: str, flag: str):
-        self.pattern, self.paths, self.maps = pattern, sorted(glob.glob(pattern)), []
-        refuse(not self.paths, f"--{flag} {pattern}: no such files. ./run.sh fetches or builds them; data/prepare.py makes your own")
-        for path in self.paths:
-            try:
-                self.maps.append(np.memmap(path, "<u2", "r"))
-                header, right = self.maps[-1][:6].view("<i4").tolist(), [20240520, 1, len(self.maps[-1]) - 512]
-            except (OSError, ValueError) as error: raise UserError(f"{path}: cannot be read as a token shard ({error}); fetch or prepare it again") from None
-            why = f"magic number, version and tokens in its header are {header}, in a file of its size {right}"
-            refuse(header != right or right[2] < 1, f"{path}: not a whole token shard ({why}); fetch or prepare it again")
-        self.stats, self.ends = [file_stat(path) for path in self.paths], np.cumsum([len(tokens) - 512 for tokens in self.maps])
-    def __len__(self) -> int: return int(self.ends[-1])
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the stream, uint16. Errors: UserError when a shard has changed since the start."""
-        parts, shard = [], int(np.searchsorted(self.ends, start, side="right"))
-        while count:
-            path, at = self.paths[shard], start - int(self.ends[shard])  # from the shard's end
-            refuse(not os.path.exists(path) or file_stat(path) != self.stats[shard], f"{path}: changed during the run; stopped before training on it")
-            parts.append(self.maps[shard][at : min(at + count, 0) or None])
-            start, count, shard = start + len(parts[-1]), count - len(parts[-1]), shard + 1
-        return np.concatenate(parts)
-    def verify(self, tokens: int, vocab_size: int) -> dict[str, str]:
-        """{file name: sha256} of the shards that hold the first `tokens` tokens. Errors: UserError for a token >= vocab_size."""
-        digests, shards = {}, math.ceil(tokens * len(self.paths) / len(self))
-        remedy = f"about {shards} such shards (python data/fineweb.py {shards}), or --epochs_allowed"
-        refuse(tokens > len(self), f"{self.pattern} holds {len(self):,} tokens, the run needs {tokens:,}: {remedy}")
-        for path, whole in zip(self.paths[: np.searchsorted(self.ends, tokens) + 1], self.maps):
-            name, manifest = os.path.basename(path), Path(path).with_name("manifest.json")
-            worst, digest = int(whole[512:].max()), hashlib.sha256(whole).hexdigest()
-            try: recorded = json.loads(manifest.read_text())["files"].get(name, {}).get("sha256", digest) if manifest.exists() else digest
-            except (OSError, ValueError, KeyError, AttributeError, TypeError): raise UserError(f"{manifest}: cannot be read; delete it") from None
-            refuse(worst >= vocab_size, f"{path}: holds token {worst}, but --vocab_size is {vocab_size}; wrong data for this preset?")
-            refuse(digest != recorded, f"{path}: not the shard that manifest.json records (sha256); fetch or prepare it again")
-            refuse(name in digests, f"{path}: another shard of this run has the same file name; rename one")
-            digests[name] = digest
-        return digests
-def file_stat(path: str): return (found := os.stat(path)).st_ino, found.st_size, found.st_mtime_ns
+    """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
+    names. A row shares its last token with the next one; none crosses from shard to shard."""
+
+    def __init__(self, pattern: str, flag: str, seq_len: int):
+        self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
+        hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
+        refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
+        self.first = np.cumsum([0, *((shard_tokens(path) - 1) // seq_len for path in self.paths)])
+
+    def __len__(self):
+        return int(self.first[-1])
+
+    def read(self, numbers) -> Tensor:
+        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut
+        short."""
+        rows = []
+        for number in numbers:
+            shard = np.searchsorted(self.first, number, side="right") - 1
+            start = HEADER_BYTES + 2 * self.seq_len * int(number - self.first[shard])
+            rows.append(np.fromfile(self.paths[shard], "<u2", self.seq_len + 1, offset=start))
+            refuse(len(rows[-1]) <= self.seq_len, f"{self.paths[shard]}: cut short during the run")
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def hashes(self):
+        """{file: sha256} by the manifest.json beside it, which data/check.py holds it to."""
+        manifest = Path(self.paths[0]).with_name("manifest.json")
+        with blame(f"{manifest}: not a manifest; delete it"):
+            files = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
+            names = map(os.path.basename, self.paths)
+            return {name: files[name]["sha256"] if name in files else None for name in names}
+
+
+def shard_tokens(path):
+    """Tokens in a shard. Errors: UserError if it is no file, or not as long as its header says."""
+    regular = os.path.isfile(path)  # a pipe would block
+    header = np.fromfile(path, "<i4", 3).tolist() if regular else None
+    whole = header == [20240520, 1, os.path.getsize(path) // 2 - HEADER_BYTES // 2]
+    refuse(
+        not whole or header[2] == 0, f"{path}: not a whole token shard; fetch or prepare it again"
+    )
+    return header[2]
+
 
 class Batches:
-    """Rows of seq_len + 1 tokens; batch_at(step) depends on the shards, the step and the global batch, on nothing else."""
-    def __init__(self, shards: Shards, config: Config):
-        self.shards, self.seq_len, self.rows, self.stride = shards, config.seq_len, config.rows, 1
-        per_epoch, needed = max(1, (len(shards) - 1) // config.batch_tokens), -(-config.steps // config.epochs_allowed)
-        self.tokens_read = max(needed, min(config.steps, per_epoch)) * config.batch_tokens + 1  # of the stream
-        self.row_count = count = per_epoch * config.rows
-        if config.spread_rows:  # a stride near the golden ratio visits all rows once, neighbours far apart
-            self.stride = next(n for n in range(int(0.618 * count) or 1, count + 2) if math.gcd(n, count) == 1)
-            self.tokens_read = max(self.tokens_read, len(shards))
-    def batch_at(self, step: int, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of the global batch of `step`, 0-based: [rows, seq_len + 1] uint16, inputs [:, :-1], targets [:, 1:]."""
-        numbers = [(step * self.rows + row) * self.stride % self.row_count for row in range(*rows.indices(self.rows))]
-        return np.stack([self.shards.read(number * self.seq_len, self.seq_len + 1) for number in numbers])
-    def stream(self, start: int, stop: int, runtime: Runtime):
-        """Yield this rank's (inputs, targets), [rows / world_size, seq_len] int64 on its device; a thread reads one step ahead."""
-        share = self.rows // runtime.world_size
-        def read(step: int) -> Tensor:
-            rows = torch.from_numpy(self.batch_at(step, slice(runtime.rank * share, (runtime.rank + 1) * share)).astype(np.int64))
-            return rows.pin_memory() if runtime.cuda else rows
-        with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            ahead = reader.submit(read, start)  # the last batch is read twice: no special case
-            for step in range(start + 1, stop + 1):
-                rows, ahead = ahead.result(), reader.submit(read, min(step, stop - 1))
-                yield split(rows.to(runtime.device, non_blocking=True))
-def split(rows: Tensor) -> tuple[Tensor, Tensor]: return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # [B, T + 1]: inputs, targets
+    """batch_at(step) depends on shards, step and schedule, on nothing else: no state to save."""
 
-# ----------------------------------------------------------------------------------------------------------------- Model
-def norm(x: Tensor) -> Tensor: return F.rms_norm(x, (x.size(-1),))  # RMSNorm without gain
-def layer_windows(config: Config) -> list[int]:  # tokens that each layer looks back; 0: no limit. The pattern is repeated over the depth
-    return [config.window * (config.window_pattern[i % len(config.window_pattern)] == "S") for i in range(config.n_layer)]
-def attention_mask(tokens: Tensor, window: int, config: Config):
-    """The one attention rule, for tokens [B, T]: causal; within `window` tokens, if not 0; with doc_mask within a document. As the
-    backend wants it: None (plain causal), a BlockMask, or bool [B or 1, 1, T, T]."""
-    (B, T), device = tokens.shape, tokens.device
-    if not (0 < window < T or config.doc_mask): return None
-    docs, rows, i = (tokens == config.vocab_size - 1).cumsum(1) if config.doc_mask else None, B if config.doc_mask else 1, torch.arange(T, device=device)
+    def __init__(self, shards: Shards, c: Config):
+        self.shards, self.stride = shards, 1
+        rows = [at_step(c.batch_tokens, step, c.steps) // c.seq_len for step in range(c.steps)]
+        self.first = np.cumsum([0, *rows])  # row of each step; the next step's is where it ends
+        self.count = len(shards) // max(rows) * max(rows)  # rows in an epoch
+        short = sum(rows) > self.count * c.epochs_allowed
+        have = f"{shards.pattern} holds {len(shards):,} rows, the run reads {sum(rows):,}"
+        refuse(short, f"{have}: get more (python data/fineweb.py N), or raise --epochs_allowed")
+        if c.spread_rows:  # near the golden ratio: all rows once, neighbours far apart
+            self.stride = int(0.618 * self.count) or 1
+            while math.gcd(self.stride, self.count) > 1:
+                self.stride += 1
+
+    def batch_at(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
+        """A rank's rows of the global batch of `step`, 0-based: [rows, seq_len + 1]."""
+        rows = np.arange(self.first[step], self.first[step + 1])
+        return self.shards.read(np.split(rows, world_size)[rank] * self.stride % self.count)
+
+
+def split(rows, device):
+    """Rows [B, T + 1] to inputs and targets [B, T] on the device."""
+    if device.type == "cuda":
+        rows = rows.pin_memory()
+    rows = rows.to(device, non_blocking=True)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+# ----------------------------------------------------------------------------------------- Model
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),))  # RMSNorm without gain
+
+
+def seeded(*where):
+    """A CPU generator that depends on its arguments alone: equal on all ranks, in any order."""
+    digest = hashlib.sha256(repr(where).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+
+def layer_windows(c, window):
+    """Tokens that each layer looks back; 0: no limit. The pattern is repeated over the depth."""
+    letters = c.window_pattern * c.n_layer
+    return [window if letter == "S" else 0 for letter in letters[: c.n_layer]]
+
+
+def attention_mask(tokens, window, c):
+    """The one attention rule, for tokens [B, T]: causal; within `window` tokens, if not 0; with
+    doc_mask within a document. Returns what the backend wants: None (plain causal), a BlockMask, or
+    bool [B or 1, 1, T, T]."""
+    B, T = tokens.shape
+    if not (0 < window < T or c.doc_mask):
+        return None
+    docs = (tokens == c.vocab_size - 1).cumsum(1)
+    rows = B if c.doc_mask else 1
+
     def allowed(b, h, q, k):
-        ok = (q >= k) & (q - k < window) if window else q >= k
-        return ok & (docs[b, q] == docs[b, k]) if config.doc_mask else ok
-    if config.attention == "flex": return create_block_mask(allowed, rows, None, T, T, device=device)
-    return allowed(torch.arange(rows, device=device)[:, None, None, None], 0, i[:, None], i)
-def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:  # of [B, H, T, head_dim] under an attention_mask; the mask knows the backend
-    if isinstance(mask, BlockMask): return flex_attention(q, k, v, block_mask=mask)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        ok = q >= k
+        if window:
+            ok = ok & (q - k < window)
+        if c.doc_mask:
+            ok = ok & (docs[b, q] == docs[b, k])
+        return ok
+
+    if c.attention == "flex":
+        return create_block_mask(allowed, rows, None, T, T, device=tokens.device)
+    b = torch.arange(rows, device=tokens.device).view(-1, 1, 1, 1)
+    t = torch.arange(T, device=tokens.device)
+    return allowed(b, 0, t[:, None], t)
+
+
+def attend(q, k, v, mask):
+    """Attention over [B, T, H, head_dim] under an attention_mask, which knows the backend."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if isinstance(mask, BlockMask):
+        y = flex_attention(q, k, v, block_mask=mask)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return y.transpose(1, 2)
+
 
 class Linear(nn.Module):
-    """y = x Wᵀ; fp32 weight [out, in], cast at use. transposed: kept as [in, out], so MLP.down shares a stack with MLP.up."""
-    def __init__(self, n_in: int, n_out: int, transposed: bool = False):
+    """y = x Wᵀ; fp32 weight [out, in], cast at use. transposed: kept as [in, out], so that MLP.down
+    shares a stack with MLP.up. Starts at U(±1/√in), as torch.nn.Linear does, or at zero."""
+
+    def __init__(self, n_in, n_out, zero=False, transposed=False):
         super().__init__()
         self.n_in, self.n_out, self.transposed = n_in, n_out, transposed
-        self.weight = nn.Parameter(torch.empty((n_in, n_out) if transposed else (n_out, n_in)))
-    def forward(self, x: Tensor) -> Tensor: return x @ self.weight.to(x.dtype) if self.transposed else F.linear(x, self.weight.to(x.dtype))
-def ngram_hashes(tokens: Tensor, config: Config) -> list[Tensor]:
-    """Table rows [B, T] of the last 2, 3, ... `ngram` tokens; all before the row or the document counts as a document's mark."""
-    mark, back, value, found = config.vocab_size - 1, tokens, tokens, []
-    for _ in range(config.ngram - 1):
-        back = torch.where(back == mark, mark, F.pad(back[:, :-1], (1, 0), value=mark))  # one token further back
-        value = (value * 65599 + back) % 2**31
-        found.append((value * 0x9E3779B1 >> 20) % config.ngram_rows)  # Fibonacci hashing: all bits count
-    return found
-def rotate(x: Tensor, tables: Tensor) -> Tensor:  # rotary position embedding of [B, H, T, head_dim], arXiv 2104.09864; halves, not neighbours
-    (cos, sin), (a, b) = tables[:, : x.size(-2)].to(x.dtype), x.chunk(2, dim=-1)
+        self.bound = 0.0 if zero else n_in**-0.5
+        self.weight = nn.Parameter(torch.zeros((n_in, n_out) if transposed else (n_out, n_in)))
+
+    def init(self, generator):
+        uniform_(self.weight, self.bound, generator)
+
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
+        return x @ weight if self.transposed else F.linear(x, weight)
+
+
+def uniform_(weight, bound, generator):
+    weight.copy_(torch.rand(weight.shape, generator=generator) * 2 * bound - bound)
+
+
+class Embedding(nn.Module):
+    """A table [rows, width]; std: of its first values."""
+
+    def __init__(self, rows, width, std, dtype):
+        super().__init__()
+        self.std, self.weight = std, nn.Parameter(torch.zeros(rows, width, dtype=dtype))
+
+    def init(self, generator):
+        if self.std:
+            self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * self.std)
+
+    def forward(self, rows):
+        return F.embedding(rows, self.weight)
+
+
+class NGrams(nn.ModuleList):
+    """Embeddings of the last 2, 3, ... n tokens, side by side, found by hash (after the hashed
+    bigrams of the 1.65-minute record, January 2026). All before the row or the document counts as
+    its mark."""
+
+    def __init__(self, c, dtype):
+        width = c.n_embd // (c.ngram - 1)
+        super().__init__(Embedding(c.ngram_rows, width, 0.0, dtype) for _ in range(c.ngram - 1))
+        self.config = c
+
+    def forward(self, tokens):
+        c, found = self.config, []
+        mark = c.vocab_size - 1
+        back = value = tokens
+        for table in self:
+            shifted = F.pad(back[:, :-1], (1, 0), value=mark)
+            back = torch.where(back == mark, mark, shifted)  # one token further back
+            value = (value * 65599 + back) % 2**31
+            found.append(table((value * 0x9E3779B1 >> 20) % c.ngram_rows))  # Fibonacci hashing
+        grams = torch.cat(found, dim=-1)
+        return F.pad(grams, (0, c.n_embd - grams.size(-1)))
+
+
+def rotary_tables(T, head_dim):
+    """cos and sin of every angle: [2, T, 1, head_dim / 2]."""
+    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+    angles = torch.outer(torch.arange(T), frequencies)
+    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+
+
+def rotate(x, tables):
+    """Rotary position embedding of [B, T, H, head_dim], arXiv 2104.09864; halves, not
+    neighbours."""
+    cos, sin = tables[:, : x.size(1)].to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
+
 class CausalSelfAttention(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, c):
         super().__init__()
-        self.n_head, self.qk_norm = config.n_head, config.qk_norm
-        self.q, self.k, self.v, self.o = (Linear(config.n_embd, config.n_embd) for _ in range(4))
-        head_dim = config.n_embd // config.n_head
-        angles = torch.outer(torch.arange(config.seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))
-        self.register_buffer("rotary", torch.stack((angles.cos(), angles.sin())), persistent=False)  # [2, T, head_dim / 2]
-        self.value_lambda = nn.Parameter(torch.empty(())) if config.value_residual else None
-    def forward(self, x: Tensor, v1: Tensor | None, mask) -> tuple[Tensor, Tensor]:
-        q, k, v = (w(x).unflatten(-1, (self.n_head, -1)).transpose(1, 2) for w in (self.q, self.k, self.v))  # [B, H, T, head_dim]
+        self.n_head, self.qk_norm = c.n_head, c.qk_norm
+        self.q = Linear(c.n_embd, c.n_embd)
+        self.k = Linear(c.n_embd, c.n_embd)
+        self.v = Linear(c.n_embd, c.n_embd)
+        self.o = Linear(c.n_embd, c.n_embd, zero=c.zero_init)
+        self.value_lambda = nn.Parameter(torch.tensor(0.5)) if c.value_residual else None
+        tables = rotary_tables(c.seq_len, c.n_embd // c.n_head)
+        self.register_buffer("rotary", tables, persistent=False)
+
+    def forward(self, x, v1, mask):
+        heads = (self.n_head, -1)
+        q = self.q(x).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
+        k = self.k(x).unflatten(-1, heads)
+        v = self.v(x).unflatten(-1, heads)
         v1 = v if v1 is None else v1
-        if self.value_lambda is not None:  # (1-λ)·v + λ·v1; value residual, arXiv 2410.17897, λ learned (Grad62304977)
+        if (
+            self.value_lambda is not None
+        ):  # value residual, arXiv 2410.17897; λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
-        if self.qk_norm: q, k = norm(q), norm(k)  # arXiv 2302.05442
+        if self.qk_norm:  # arXiv 2302.05442
+            q, k = norm(q), norm(k)
         y = attend(rotate(q, self.rotary), rotate(k, self.rotary), v, mask)
-        return self.o(y.transpose(1, 2).flatten(-2)), v1
+        return self.o(y.flatten(-2)), v1
+
 
 class MLP(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, c):
         super().__init__()
-        self.up, self.down = Linear(config.n_embd, 4 * config.n_embd), Linear(4 * config.n_embd, config.n_embd, transposed=True)
-    def forward(self, x: Tensor) -> Tensor: return self.down(F.relu(self.up(x)).square())  # ReLU², arXiv 2109.08668
+        self.up = Linear(c.n_embd, 4 * c.n_embd)
+        self.down = Linear(4 * c.n_embd, c.n_embd, zero=c.zero_init, transposed=True)
+
+    def forward(self, x):
+        return self.down(F.relu(self.up(x)).square())  # ReLU², arXiv 2109.08668
+
 
 class Block(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, c):
         super().__init__()
-        self.attn, self.mlp = CausalSelfAttention(config), MLP(config)
-        self.lambdas = nn.Parameter(torch.empty(2)) if config.embed_residual else None
-    def forward(self, x: Tensor, v1: Tensor | None, x0: Tensor, mask) -> tuple[Tensor, Tensor]:
-        if self.lambdas is not None:  # λ₀·x + λ₁·x0; embedding residual, record of 6 November 2024 (Grad62304977)
-            x = self.lambdas[0].to(x.dtype) * x + self.lambdas[1].to(x.dtype) * x0
+        self.attn, self.mlp = CausalSelfAttention(c), MLP(c)
+        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if c.embed_residual else None
+
+    def forward(self, x, v1, x0, mask):
+        if self.lambdas is not None:  # embedding residual, record of 6 November 2024 (Grad62304977)
+            keep, add = self.lambdas.to(x.dtype)
+            x = keep * x + add * x0
         y, v1 = self.attn(norm(x), v1, mask)
         x = x + y
         return x + self.mlp(norm(x)), v1
 
-class GPT(nn.Module):
-    """Tokens [B, T] to logits [B, T, padded_vocab] in fp32; with targets [B, T], to the mean cross-entropy in nats."""
-    def __init__(self, config: Config):
-        super().__init__()
-        self.config, self.windows, self.dtype = config, layer_windows(config), torch.bfloat16 if config.bf16 else torch.float32
-        self.wte = nn.Embedding(config.padded_vocab, config.n_embd, dtype=self.dtype if config.untie_head else torch.float32)
-        parts = [config.n_embd // (config.ngram - 1)] * (config.ngram - 1) if config.ngram else []  # widths of the tables
-        self.ngrams = nn.ModuleList(nn.Embedding(config.ngram_rows, width, dtype=self.dtype) for width in parts)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.lm_head = Linear(config.n_embd, config.padded_vocab)
-        if not config.untie_head: self.lm_head.weight = self.wte.weight
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        masks = {window: attention_mask(tokens, window, self.config) for window in set(self.windows)}
-        x = self.wte(tokens).to(self.dtype)  # [B, T, D]
-        if self.ngrams:  # hashed bigrams: record of 1.65 min, January 2026; here longer ones, too, that share the width
-            grams = torch.cat([table(rows) for table, rows in zip(self.ngrams, ngram_hashes(tokens, self.config))], dim=-1)
-            x = x + F.pad(grams, (0, x.size(-1) - grams.size(-1)))
-        x, v1 = norm(x), None
-        x0 = x
-        for block, window in zip(self.blocks, self.windows): x, v1 = block(x, v1, x0, masks[window])
-        logits = self.lm_head(norm(x)).float()
-        if cap := self.config.softcap: logits = cap * torch.tanh(logits / cap)  # Gemma 2, arXiv 2408.00118
-        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-def seeded(*where) -> torch.Generator:  # A CPU generator that depends on its arguments alone: equal on all ranks, whatever was drawn before
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(repr(where).encode()).digest()[:7], "little"))
-def uniform(p: Tensor, n_in: int, *where):  # fill p from U(±1/√n_in), as torch.nn.Linear does
-    p.copy_(torch.rand(p.shape, generator=seeded(*where)) * 2 * n_in**-0.5 - n_in**-0.5)
-@torch.no_grad()
-def init_weights(model: GPT, config: Config):
-    """Every parameter's first value, by name. Errors: KeyError for a name without a rule."""
-    zero = dict.fromkeys(("q", "k", "v", "up"), False) | dict.fromkeys(("o", "down", "lm_head"), config.zero_init)  # muP-like
-    constant = {"value_lambda": torch.tensor(0.5), "lambdas": torch.tensor([1.0, 0.0])}
-    for name, p in model.named_parameters():
-        kind = name.removesuffix(".weight").split(".")[-1]
-        if kind in constant: p.copy_(constant[kind])
-        elif kind == "wte":  # tied, it makes the logits too: then GPT-2's small scale
-            p.copy_(torch.randn(p.shape, generator=seeded(config.seed, name)) * (1.0 if config.untie_head else 0.02))
-        elif name.startswith("ngrams.") or zero[kind]: p.zero_()
-        else: uniform(p, p.size(0) if kind == "down" else p.size(1), config.seed, name)
-def flops_per_token(config: Config) -> float:
-    """Floating-point operations of forward and backward: 6 per weight in a matmul, and attention over its mean span."""
-    spans = [min(window or config.seq_len, config.seq_len / 2) for window in layer_windows(config)]
-    return 6 * config.n_embd * (12 * config.n_layer * config.n_embd + config.padded_vocab) + 12 * config.n_embd * sum(spans)
 
-# ------------------------------------------------------------------------------------------------------------ Optimizers
+class GPT(nn.Module):
+    """Tokens [B, T] to logits [B, T, padded_vocab] in fp32; with targets [B, T], to the mean
+    cross-entropy in nats. A module's init() is given a generator that its name seeds."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.config, self.dtype = c, torch.bfloat16 if c.bf16 else torch.float32
+        if c.untie_head:
+            self.wte = Embedding(c.padded_vocab, c.n_embd, 1.0, self.dtype)
+        else:  # it makes the logits too: then GPT-2's small scale
+            self.wte = Embedding(c.padded_vocab, c.n_embd, 0.02, torch.float32)
+        self.ngrams = NGrams(c, self.dtype) if c.ngram else None
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.lm_head = Linear(c.n_embd, c.padded_vocab, zero=c.zero_init)
+        with torch.no_grad():
+            for name, module in self.named_modules():
+                if hasattr(module, "init"):
+                    module.init(seeded(c.seed, f"{name}.weight"))
+        if not c.untie_head:
+            self.lm_head.weight = self.wte.weight
+        self.set_stage(0)
+
+    def set_stage(self, step):
+        """Take the form that update `step`, 0-based, trains."""
+        c = self.config
+        self.windows = layer_windows(c, at_step(c.window, step, c.steps))
+
+    def forward(self, tokens, targets=None):
+        c = self.config
+        masks = {window: attention_mask(tokens, window, c) for window in set(self.windows)}
+        x = self.wte(tokens).to(self.dtype)  # [B, T, D]
+        if self.ngrams is not None:
+            x = x + self.ngrams(tokens)
+        x0 = x = norm(x)
+        v1 = None
+        for block, window in zip(self.blocks, self.windows, strict=True):
+            x, v1 = block(x, v1, x0, masks[window])
+        logits = self.lm_head(norm(x)).float()
+        if c.softcap:  # Gemma 2, arXiv 2408.00118
+            logits = c.softcap * torch.tanh(logits / c.softcap)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def flops_per_token(model):
+    """Floating-point operations of forward and backward: 6 per weight of a matmul, and attention
+    over its mean span, averaged over the stages of the run."""
+    c = model.config
+    linears = [module for module in model.modules() if isinstance(module, Linear)]
+    weights = sum(p.numel() for linear in linears for p in linear.parameters())
+    windows = np.array([layer_windows(c, window) for window in c.window])  # [stages, layers]
+    spans = np.where(windows, windows, c.seq_len).clip(max=c.seq_len / 2)
+    return 6 * weights + 12 * c.n_embd * spans.mean(0).sum()
+
+
+# ------------------------------------------------------------------------------------ Optimizers
+# torch 2.13 gave these collectives new names
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+
+@functools.cache
+def compiled(function, on):
+    """Once in the life of the process, for every shape and form that the function meets."""
+    return torch.compile(function, dynamic=False) if on else function
+
+
 class Optimizer:
-    """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass says what the update is.
-    named: {name: parameter}; they and their gradients become views into `weights` and `grads`, [rows, *row_shape], padded to divide over
-    ranks. row_shape: () where any element may go to any rank (Adam), else the matrix that must stay whole. shards=1: every rank updates
-    everything. A parameter's attribute rate_scale, if any, is a factor on its rate. steps: updates since the moments began."""
-    def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, config: Config, runtime: Runtime, method=None, shards=0):
-        self.named, self.lr, self.config, self.runtime, self.shards = named, lr, config, runtime, shards or runtime.world_size
+    """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass
+    says what the update is.
+
+    named: {name: parameter}; they and their gradients become views into `weights` and `grads`,
+    [rows, *row_shape], padded to divide over ranks. row_shape: () where any element may go to any
+    rank (Adam), else the matrix that must stay whole. steps: updates since the moments began."""
+
+    sharded = True  # else every rank updates all rows
+
+    def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, run: "Run"):
+        self.named, self.lr, self.config, self.runtime = named, lr, run.config, run.runtime
+        self.method, self.row_scale, self.scale = Method(run.config), 1.0, 1.0
         self.state: dict[str, Tensor] = {}  # {name: [own rows, ...]}
-        self.steps, self.scale, self.row_scale, self.method, self.work = 0, 1.0, 1.0, method or Method(), None
-        self.spans, rows, first = {}, 0, next(iter(named.values()))
-        for name, p in named.items(): self.spans[name] = slice(rows, rows := rows + p.numel() // math.prod(row_shape))
-        share, index = -(-rows // self.shards), runtime.rank if self.shards > 1 else 0
-        self.mine = slice(index * share, (index + 1) * share)
-        self.weights = torch.zeros(share * self.shards, *row_shape, dtype=first.dtype, device=first.device)
+        self.steps, self.work = 0, None
+        self.shards = run.runtime.world_size if self.sharded else 1
+        parts = {name: p.detach().reshape(-1, *row_shape) for name, p in named.items()}
+        self.sizes = [len(part) for part in parts.values()]
+        self.share = -(-sum(self.sizes) // self.shards)
+        self.index = run.runtime.rank if self.shards > 1 else 0
+        self.weights = self.stack(parts)
         self.grads = torch.zeros_like(self.weights)
-        for name, p in named.items():
-            self.weights[self.spans[name]] = p.detach().view(-1, *row_shape)
-            p.data, p.grad = (whole[self.spans[name]].view_as(p) for whole in (self.weights, self.grads))
-        scales = {name: torch.full((1,) * self.weights.ndim, getattr(p, "rate_scale", 1.0)) for name, p in named.items()}
-        if any(scale != 1 for scale in scales.values()): self.row_scale = self.own_rows(scales)
-    def own_rows(self, named: dict[str, Tensor]) -> Tensor:  # this rank's rows of per-parameter tensors [its rows, ...]; padding rows are zero
-        like = next(iter(named.values()))
-        whole = torch.zeros(len(self.weights), *like.shape[1:], dtype=like.dtype)
-        for name, span in self.spans.items(): whole[span] = named[name]
-        return whole[self.mine].to(self.weights.device)
-    def reduce(self):  # start to sum the gradients over ranks, each rank's rows on that rank
-        self.work = reduce_scatter(self.grads[self.mine], self.grads, async_op=True) if self.shards > 1 else self.runtime.reduce(self.grads)
+        self.mine = slice(self.index * self.share, (self.index + 1) * self.share)
+        views = named.values(), self.parts(self.weights), self.parts(self.grads)
+        for p, weight, grad in zip(*views, strict=True):
+            p.data, p.grad = weight.view_as(p), grad.view_as(p)
+
+    def stack(self, named):
+        """Per-parameter tensors [its rows, ...] to all rows, on the device; padding rows are
+        zero."""
+        rows = torch.cat([named[name] for name in self.named])
+        padding = rows.new_zeros(self.share * self.shards - len(rows), *rows.shape[1:])
+        return torch.cat((rows, padding)).to(self.runtime.device)
+
+    def parts(self, rows):
+        """Inverse of stack."""
+        return rows[: sum(self.sizes)].split(self.sizes)
+
+    def reduce(self):
+        """Start to sum the gradients over ranks, each rank's rows on that rank."""
+        if self.shards > 1:
+            self.work = reduce_scatter(self.grads[self.mine], self.grads, async_op=True)
+
     @torch.no_grad()
-    def step(self):  # update this rank's rows, then start to gather everyone's
+    def step(self):
+        """Update this rank's rows, then start to gather everyone's."""
         self.finish()
         self.steps += 1
-        update = self.method.lift(self, self.update(self.method.project(self, self.grads[self.mine])))
+        gradient = self.method.project(self, self.grads[self.mine])
+        update = self.method.lift(self, self.update(gradient))
         self.weights[self.mine].sub_(update * (self.lr * self.scale * self.row_scale))
         self.grads.zero_()
-        if self.shards > 1: self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
+        if self.shards > 1:
+            self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
+
     def finish(self):
-        if self.work: self.work.wait()
+        if self.work:
+            self.work.wait()
         self.work = None
-    def update(self, g: Tensor) -> Tensor: raise NotImplementedError  # what to subtract, times the rate, for gradient rows [own rows, ...]
-    def call(self, rule, *args) -> Tensor: return (compiled(rule) if self.config.compile else rule)(*args)
-    def moment(self, name: str, like: Tensor) -> Tensor:  # fp32, zero at first, to be changed in place
-        if name not in self.state: self.state[name] = torch.zeros_like(like, dtype=torch.float32)
+
+    def update(self, g):
+        """What to subtract, times the rate, for gradient rows [own rows, ...]."""
+        raise NotImplementedError
+
+    def moment(self, name, like):
+        """fp32, zero at first, to be changed in place."""
+        if name not in self.state:
+            self.state[name] = torch.zeros_like(like, dtype=torch.float32)
         return self.state[name]
-    def gather_state(self) -> dict:
-        """{parameter: {"rule": class name, "steps": n, state name: its rows}}, whole, on the CPU of every rank."""
-        whole = {param: {"rule": type(self).__name__, "steps": self.steps} for param in self.named}
+
+    def gather_state(self):
+        """{rule and parameter: {"steps": n, state name: its rows}}, whole, on every rank's CPU."""
+        whole = {param: {"steps": self.steps} for param in self.named}
         for name, own in self.state.items():
-            own = own.contiguous()
-            shards = [torch.empty_like(own) for _ in range(self.shards)] if self.shards > 1 else [own]
-            if self.shards > 1: dist.all_gather([s.view(torch.uint8) for s in shards], own.view(torch.uint8))
-            rows = torch.cat([s.cpu() for s in shards])
-            for param, span in self.spans.items(): whole[param][name] = rows[span].clone()
-        return whole
-    def load_state(self, whole: dict):
-        """Inverse of gather_state, for any number of ranks. Errors: KeyError for a parameter that is not there, or of another rule."""
-        first, rule = whole[next(iter(self.named))], type(self).__name__
-        if first["rule"] != rule: raise KeyError(f"{next(iter(self.named))} was trained by {first['rule']}, not by {rule}")
-        self.steps, names = first["steps"], sorted(first.keys() - {"rule", "steps"})
-        self.state = {name: self.own_rows({param: whole[param][name] for param in self.named}) for name in names}
-reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)  # torch 2.13 renamed them
-all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-compiled = functools.cache(functools.partial(torch.compile, dynamic=False))  # once per update rule; each stack's shape is compiled for itself
-def adam_update(g: Tensor, m: Tensor, v: Tensor, beta1: float, beta2: float, eps: float, bias1: Tensor, bias2: Tensor) -> Tensor:
+            rows = torch.cat([own] * self.shards)
+            if self.shards > 1:
+                all_gather(rows, own.contiguous())
+            for param, part in zip(self.named, self.parts(rows), strict=True):
+                whole[param][name] = part.cpu().clone()
+        return {f"{type(self).__name__} {param}": values for param, values in whole.items()}
+
+    def load_state(self, whole):
+        """Inverse of gather_state, for any number of ranks. Errors: KeyError for what is not
+        there."""
+        mine = {param: whole[f"{type(self).__name__} {param}"] for param in self.named}
+        first = next(iter(mine.values()))
+        self.steps = first["steps"]
+        for name in sorted(first.keys() - {"steps"}):
+            rows = self.stack({param: values[name] for param, values in mine.items()})
+            self.state[name] = rows[self.mine].clone()
+
+
+def adam_update(g, m, v, beta1, beta2, eps, bias1, bias2):
     """Adam, arXiv 1412.6980; bias: 1 - beta ** steps. Changes the moments m and v in place."""
     g = g.float()
     m.lerp_(g, 1 - beta1)
     v.lerp_(g * g, 1 - beta2)
     return (m / bias1) / ((v / bias2).sqrt() + eps)
-def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
-    """Matrices [n, rows, cols] with singular values brought near 1 (0.7 to 1.2) by five steps, Keller Jordan's coefficients."""
+
+
+class Adam(Optimizer):
+    def update(self, g):
+        c = self.config
+        m, v = self.moment("exp_avg", g), self.moment("exp_avg_sq", g)
+        bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (c.beta1, c.beta2))
+        rule = compiled(adam_update, c.compile)
+        return rule(g, m, v, c.beta1, c.beta2, c.adam_eps, bias1, bias2)
+
+
+class Adagrad(Optimizer):
+    """Rate over the root of the sum of all squared gradients (Duchi et al., JMLR 2011): rare rows
+    take large steps when their turn comes."""
+
+    def update(self, g):
+        total = self.moment("sum_sq", g).addcmul_(g.float(), g.float())
+        return g / (total.sqrt() + 1e-12)
+
+
+def newton_schulz(g, dtype):
+    """Matrices [n, rows, cols] with singular values brought near 1 (0.7 to 1.2) by five steps,
+    Keller Jordan's coefficients."""
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # largest singular value at most 1
@@ -529,572 +810,923 @@ def newton_schulz(g: Tensor, dtype: torch.dtype) -> Tensor:
         x = 3.4445 * x + torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
     return (x.mT if tall else x).float()
 
-class Adam(Optimizer):
-    def update(self, g: Tensor) -> Tensor:
-        c, bias1, bias2 = self.config, *(torch.tensor(1 - beta**self.steps) for beta in (self.config.beta1, self.config.beta2))
-        return self.call(adam_update, g, self.moment("exp_avg", g), self.moment("exp_avg_sq", g), c.beta1, c.beta2, c.adam_eps, bias1, bias2)
-class Adagrad(Optimizer):
-    """Rate over the root of the sum of all squared gradients (Duchi et al., JMLR 2011): rare rows take large steps when their turn comes."""
-    def update(self, g: Tensor) -> Tensor: return g / (self.moment("sum_sq", g).addcmul_(g.float(), g.float()).sqrt() + 1e-12)
+
 class Muon(Optimizer):
-    """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan, kellerjordan.github.io/posts/muon). NorMuon (arXiv
-    2510.05491) then divides each row of a tall matrix, column of a wide one, by its running RMS and keeps the update's norm."""
-    def update(self, g: Tensor) -> Tensor:
-        c, momentum, m = self.config, momentum_at(self.steps - 1, self.config), self.moment("momentum", g)
-        u = self.call(newton_schulz, g + momentum * m.mul_(momentum).add_(g), torch.bfloat16 if c.bf16 else torch.float32)
-        if not c.normuon: return u
+    """Momentum, orthogonalised by Newton-Schulz; Nesterov style (Keller Jordan,
+    kellerjordan.github.io/posts/muon)."""
+
+    def update(self, g):
+        c, momentum = self.config, momentum_at(self.steps - 1, self.config)
+        m = self.moment("momentum", g)
+        m.mul_(momentum).add_(g)
+        dtype = torch.bfloat16 if c.bf16 else torch.float32
+        u = compiled(newton_schulz, c.compile)(g + momentum * m, dtype)
+        return self.even(u) if c.normuon else u
+
+    def even(self, u):
+        """NorMuon (arXiv 2510.05491): divide each row of a tall matrix, column of a wide one, by
+        its running RMS, and keep the update's norm."""
+        decay = self.config.normuon
         square = u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True)
-        mean = self.moment("row_sq", square).lerp_(square, 1 - c.normuon) / (1 - c.normuon**self.steps)
+        mean = self.moment("row_sq", square).lerp_(square, 1 - decay) / (1 - decay**self.steps)
         even = u / (mean + 1e-16).sqrt()
-        return even * (u.norm(dim=(-2, -1), keepdim=True) / (even.norm(dim=(-2, -1), keepdim=True) + 1e-7))
-def make_optimizers(model: nn.Module, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
-    """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape."""
-    c, groups = config, {}
-    for name, p in model.named_parameters():
-        kind = ("matrices" if p.ndim == 2 else "scalars") if name.startswith("blocks.") else name.split(".")[0]
-        groups.setdefault("lm_head" if p is model.lm_head.weight else kind, {})[name] = p
-    rates = dict(wte=(Adam, c.lr_embed), lm_head=(Adam, c.lr_head), scalars=(Adam, c.lr_scalar), ngrams=(Adagrad, c.lr_ngram))
-    optimizers = [rule(groups[kind], lr, (), c, runtime) for kind, (rule, lr) in rates.items() if kind in groups]
-    return optimizers + stack_matrices(model, groups["matrices"], c.galore_inner if c.galore else c.matrix_optimizer, c, runtime, methods)
-def stack_matrices(model: nn.Module, matrices: dict, rule: str, config: Config, runtime: Runtime, methods: list) -> list[Optimizer]:
-    """Optimizers for hidden matrices, one per shape (galore_per_layer: one each). Times √(out / in), orthogonal updates of all shapes act alike."""
-    method, alone, groups = next((m for m in methods if m.transforms), Method()), config.galore_per_layer, {}
+        old, new = (x.norm(dim=(-2, -1), keepdim=True) for x in (u, even))
+        return even * (old / (new + 1e-7))
+
+
+MATRIX_RULES = {"muon": Muon, "adam": Adam}
+
+
+def make_optimizers(run):
+    """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape. Errors:
+    KeyError for a parameter that belongs to no group."""
+    c, head = run.config, run.model.lm_head.weight
+    rules = {
+        "wte": (Adam, c.lr_embed),
+        "lm_head": (Adam, c.lr_head),
+        "scalars": (Adam, c.lr_scalar),
+        "ngrams": (Adagrad, c.lr_ngram),
+    }
+    matrices, groups = {}, {}
+    for name, p in run.model.named_parameters():
+        group = "lm_head" if p is head else name.partition(".")[0]  # the tied wte is lm_head, too
+        if group == "blocks" and p.ndim == 2:
+            matrices[name] = p
+            continue
+        group = "scalars" if group == "blocks" else group
+        if group not in rules:
+            raise KeyError(f"no optimizer trains {name}: give {group} a rule in make_optimizers")
+        groups.setdefault(group, {})[name] = p
+    optimizers = [rules[group][0](groups[group], rules[group][1], (), run) for group in groups]
+    rule = c.galore_inner if c.galore else c.matrix_optimizer
+    return optimizers + stack_matrices(matrices, rule, run)
+
+
+def stack_matrices(matrices, rule, run):
+    """Optimizers for {name: hidden matrix}, one per shape. Times √(out / in), orthogonal updates of
+    all shapes act alike; a matrix's attribute lr_mult, if any, is a factor on its rate."""
+    c, stacks, scales, optimizers = run.config, {}, {}, []
     for name, p in matrices.items():
-        linear = model.get_submodule(name.rpartition(".")[0])
-        n_in, n_out = (linear.n_in, linear.n_out) if p is linear.weight else reversed(p.shape)
-        p.rate_scale = (max(1.0, n_out / n_in) ** 0.5 if rule == "muon" else 1.0) * getattr(p, "lr_mult", 1.0)
-        groups.setdefault((name if alone else "", *p.shape), {})[name] = p
-    new, lr = method.optimizers[rule], config.lr_muon if rule == "muon" else config.lr_adam
-    return [new(group, lr, shape, config, runtime, method, int(alone)) for (_, *shape), group in groups.items()]
+        linear = run.model.get_submodule(name.rpartition(".")[0])
+        n_out, n_in = (linear.n_out, linear.n_in) if p is linear.weight else p.shape
+        scale = max(1.0, n_out / n_in) ** 0.5 if rule == "muon" else 1.0
+        scales[name] = torch.full((1, 1, 1), scale * getattr(p, "lr_mult", 1.0))
+        stacks.setdefault((name if c.galore_per_layer else "", *p.shape), {})[name] = p
+    method = next((method for method in run.methods if method.transforms), Method(c))
+    for (_, *shape), named in stacks.items():
+        optimizer = method.optimizers[rule](named, getattr(c, f"lr_{rule}"), shape, run)
+        optimizer.method, optimizer.row_scale = method, optimizer.stack(scales)[optimizer.mine]
+        optimizers.append(optimizer)
+    return optimizers
 
-# --------------------------------------------------------------------------------------------------------------- Methods
-class Method:
-    """An optional method: hooks that default to nothing, so that the hot path has no branch for any of them."""
-    transforms, optimizers = False, {"muon": Muon, "adam": Adam}  # transforms: do project and lift change updates?
-    def __init__(self, config: Config | None = None, log=print): self.config, self.log = config, log
-    def attach(self, model: GPT): ...  # after init, before optimizers and compile
-    def project(self, optimizer: Optimizer, g: Tensor) -> Tensor: return g  # gradient rows, on their rank, before the update
-    def lift(self, optimizer: Optimizer, u: Tensor) -> Tensor: return u  # the update, back to the weights' shape
-    def resume(self, step: int, run: "Run"): ...  # give model and optimizers the shape of after `step` updates, if they lack it
-    def after_step(self, step: int, run: "Run"): ...  # after update number `step`, 1-based
-    def eval_weights(self, model: GPT): return contextlib.nullcontext()  # around validation
-    def state_dict(self) -> dict: return {}
-    def load_state_dict(self, state: dict): ...
 
-class LoRALinear(Linear):
-    """y = x Wᵀ + s·(x Aᵀ) Bᵀ: W frozen, A [r, in], B [out, r] zero at first, so the function is the same as before."""
-    def __init__(self, linear: Linear, rank: int, scale: float):
-        super().__init__(linear.n_in, linear.n_out, linear.transposed)
-        self.weight, self.scale = linear.weight.requires_grad_(False), scale
-        self.weight.grad = None
-        self.A, self.B = (nn.Parameter(self.weight.new_empty(shape)) for shape in ((rank, self.n_in), (self.n_out, rank)))
-    def forward(self, x: Tensor) -> Tensor: return super().forward(x) + self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
-    def merged(self) -> Tensor: return self.weight + self.scale * ((self.B @ self.A).T if self.transposed else self.B @ self.A)
-def layers_of(model: nn.Module, kind: type) -> dict[str, Linear]: return {n: m for n, m in model.blocks.named_modules(prefix="blocks") if type(m) is kind}
+# ------------------------------------------------------------------------------------- Schedules
+def at_step(values: tuple, step: int, steps: int):
+    """The value of a schedule for update `step`, 0-based: one for each equal share of the run."""
+    return values[min(step, steps - 1) * len(values) // steps]
 
-class ReLoRA(Method):
-    """High-rank training through low-rank updates (arXiv 2307.05695): after a warm start each hidden Linear becomes a LoRALinear;
-    every interval B A is merged into the fp32 W, A drawn anew, B zero, moments pruned, the rates re-warmed (lr_at)."""
-    @torch.no_grad()
-    def resume(self, step: int, run: "Run"):
-        c, model = self.config, run.model
-        if step < c.relora_warm_start or layers_of(model, LoRALinear): return
-        for name, linear in layers_of(model, Linear).items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, LoRALinear(linear, c.relora, c.relora_alpha / c.relora))
-        adapters = {name: p for name, p in model.named_parameters() if name.endswith((".A", ".B"))}
-        run.optimizers = [o for o in run.optimizers if o.weights.ndim != 3]  # those of the frozen matrices go, with their state
-        run.optimizers += stack_matrices(model, adapters, c.relora_optimizer, c, run.runtime, [])
-    @torch.no_grad()
-    def after_step(self, step: int, run: "Run"):
-        c = self.config
-        if step < c.relora_warm_start or (step - c.relora_warm_start) % c.relora_interval or step == c.steps: return
-        for layer in layers_of(run.model, LoRALinear).values(): layer.weight.copy_(layer.merged())
-        for optimizer in run.optimizers:
-            if optimizer.weights.ndim == 3 and optimizer.state and step > c.relora_warm_start: self.prune(optimizer)
-        self.resume(step, run)  # at the end of the warm start, when there is nothing to merge yet
-        for name, layer in layers_of(run.model, LoRALinear).items():
-            uniform(layer.A, layer.n_in, c.seed, "relora", step, name)
-            layer.B.zero_()
-    def prune(self, optimizer: Optimizer):
-        """Keep the largest entries of first moments, the same ones of second ones. Adam's count restarts at 1: unbiased means stay as they were."""
-        c, state = self.config, optimizer.state
-        first = state["exp_avg" if "exp_avg" in state else "momentum"].flatten(1)
-        kept = first.abs().topk(round(first.size(1) * (1 - c.relora_prune)), dim=1).indices
-        keep, betas = torch.zeros_like(first).scatter_(1, kept, 1.0), dict(exp_avg=c.beta1, exp_avg_sq=c.beta2, momentum=0.0)
-        for name in betas.keys() & state.keys():
-            state[name].mul_(keep.view_as(state[name])).mul_((1 - betas[name]) / (1 - betas[name] ** optimizer.steps))
-        if "exp_avg" in state: optimizer.steps = 1
 
-class EightBit:
-    """Moments in float8, an fp32 scale per 256 entries (like 8-bit Adam, arXiv 2110.02861); the second as its root: a range of 2^36, not 2^18."""
-    def moment(self, name: str, like: Tensor) -> Tensor:
-        if name not in self.opened and name in self.state:
-            values = (self.state[name].view(torch.float8_e4m3fn).float() * self.state[name + "_scale"]).flatten(1)
-            values = values[:, : like[0].numel()].reshape(like.shape)
-            self.opened[name] = values.square() if name == "exp_avg_sq" else values
-        if name not in self.opened: self.opened[name] = torch.zeros_like(like, dtype=torch.float32)
-        return self.opened[name]
-    def step(self):
-        self.opened = {}  # moments in fp32, during this step
-        super().step()
-        while self.opened:
-            name, moment = self.opened.popitem()
-            values = (moment.sqrt() if name == "exp_avg_sq" else moment).flatten(1)
-            values = F.pad(values, (0, -values.size(1) % 256)).unflatten(1, (-1, 256))
-            scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448  # the largest float8_e4m3fn
-            self.state |= {name: (values / scale).to(torch.float8_e4m3fn).view(torch.uint8), name + "_scale": scale}
-
-class PerLayer:
-    """Update a matrix in the backward pass, as its gradient arrives, then free the gradient (LOMO, arXiv 2306.09782)."""
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        (p,) = self.named.values()
-        self.grads = p.grad = None
-        p.register_post_accumulate_grad_hook(self.arrived)
-    def arrived(self, p: Tensor):
-        self.grads = p.grad.view_as(self.weights)
-        super().reduce()
-        super().step()
-        self.grads = p.grad = None
-    def reduce(self): ...  # both have happened
-    def step(self): ...
-
-class GaLore(Method):
-    """Gradients, and so the optimizer's state, in a low-rank space (arXiv 2403.03507): the inner optimizer sees G P (or PᵀG), P the gradient's
-    leading singular vectors on its shorter side, renewed every interval; its update is projected back and scaled. At a refresh the moments
-    move to the new basis (as in LDAdam, arXiv 2410.16103): the first by C = P_oldᵀ P_new, the second by C squared entry by entry."""
-    transforms = True
-    def __init__(self, config: Config, log=print):
-        super().__init__(config, log)
-        mixins = (PerLayer,) * config.galore_per_layer + (EightBit,) * (config.galore_bits == 8)
-        self.optimizers = {rule: type(f"GaLore{base.__name__}", (*mixins, base), {}) for rule, base in Method.optimizers.items()}
-    def project(self, optimizer: Optimizer, g: Tensor) -> Tensor:
-        tall, r = g.size(-2) >= g.size(-1), self.config.galore  # P: [rows, shorter side, r]; zero until the row has had a gradient
-        if "P" not in optimizer.state: optimizer.state["P"] = torch.zeros(len(g), min(g.shape[1:]), r, device=g.device)
-        P, live = optimizer.state["P"], g.flatten(1).any(1)  # behind zero-initialised weights the first gradients are zero
-        due = live if (optimizer.steps - 1) % self.config.galore_interval == 0 else live & ~P.flatten(1).any(1)
-        if due.any(): self.refresh(optimizer, g, due, tall)
-        return g @ P if tall else P.mT @ g
-    def lift(self, optimizer: Optimizer, u: Tensor) -> Tensor:
-        P = optimizer.state["P"]
-        return self.config.galore_scale * (u @ P.mT if optimizer.weights.size(-2) >= optimizer.weights.size(-1) else P @ u)
-    def refresh(self, optimizer: Optimizer, g: Tensor, due: Tensor, tall: bool):
-        P, r = optimizer.state["P"], self.config.galore
-        old, noise = P.clone(), torch.randn(P[due].shape, generator=seeded(self.config.seed, "galore", optimizer.steps)).to(g.device)
-        try:
-            U, _, Vh = torch.linalg.svd(g[due].float(), full_matrices=False)
-            P[due] = (Vh.mT if tall else U)[..., :r]
-        except torch.linalg.LinAlgError:
-            P[due] = torch.where(P[due].flatten(1).any(1)[:, None, None], P[due], torch.linalg.qr(noise)[0])  # keep, or draw at random
-            self.log(f"galore: an SVD did not converge at update {optimizer.steps}, stack of {next(iter(optimizer.named))}: old bases kept, else random")
-        change, like = old.mT @ P, g[..., :r] if tall else g[:, :r]  # old basis to new; the same basis where a row was not due
-        for name in {"exp_avg", "exp_avg_sq", "momentum"} & set(optimizer.state):
-            turn, moment = change.square() if name == "exp_avg_sq" else change, optimizer.moment(name, like)
-            moment[due] = (moment @ turn if tall else turn.mT @ moment)[due]
-
-class LAWA(Method):
-    """Latest weight averaging: the mean of the last k snapshots, one every interval (arXiv 2306.03241). eval: validate on it, train on
-    untouched; replace: train on from it, too. ReLoRA's adapters are averaged merged (W + s·B A, then B = 0)."""
-    window, place = (), None
-    @torch.no_grad()
-    def after_step(self, step: int, run: "Run"):
-        c, device = self.config, run.runtime.device
-        if step % c.lawa_interval: return
-        weights = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        for name, layer in layers_of(run.model, LoRALinear).items():
-            weights |= {f"{name}.weight": layer.merged().detach(), f"{name}.B": torch.zeros_like(layer.B)}
-        size = c.lawa * sum(t.nbytes for t in weights.values())  # on the device, if the window fits into a third of its free memory
-        self.place = self.place or (device if run.runtime.cuda and size < torch.cuda.mem_get_info()[0] / 3 else torch.device("cpu"))
-        same_model = [old for old in self.window if old.keys() == weights.keys()]  # since a wrap, if there was one
-        self.window = [{name: t.to(self.place) for name, t in old.items()} for old in [*same_model, weights][-c.lawa:]]
-        if c.lawa_mode == "replace" and len(self.window) == c.lawa: self.put(run.model, self.mean())
-    def mean(self) -> dict[str, Tensor]:
-        mean = {name: sum(weights[name].double() for weights in self.window) / len(self.window) for name in self.window[0]}
-        return mean | {name: t for name, t in self.window[-1].items() if name.endswith(".A")}  # drawn anew at a merge, so not averaged
-    def put(self, model: GPT, weights: dict[str, Tensor]):
-        for name, p in model.named_parameters(): p.data.copy_(weights[name])
-    @contextlib.contextmanager
-    def eval_weights(self, model: GPT):
-        raw = {name: p.detach().clone() for name, p in model.named_parameters()}
-        if self.window and self.window[-1].keys() == raw.keys(): self.put(model, self.mean())
-        yield
-        self.put(model, raw)
-    def state_dict(self) -> dict: return {"window": [{name: t.cpu() for name, t in weights.items()} for weights in self.window]}
-    def load_state_dict(self, state: dict): self.window = state["window"]
-
-class SuPar(Method):
-    """SuPar, sparse maximal update parameterization (arXiv 2405.15743); at sparsity 0 it is muP (arXiv 2203.03466). Static random masks of density
-    rho on the hidden matrices. With m_d = width / base width: hidden init variance 1 / rho (the fan-in init holds 1 / m_d), Adam's hidden rate
-    1 / (m_d rho), logits 1 / m_d. Muon, found here: one spectral norm at every width, so no m_d; the unmasked gradient is orthogonalised (a
-    masked one has no leading direction left), and the rate times rho ** -0.25 keeps the best rate in place (records/methods)."""
-    transforms, MUON_POWER = True, 0.25
-    @torch.no_grad()
-    def attach(self, model: GPT):
-        c, self.masks = self.config, {}
-        m_d, density = c.n_embd / (c.mup_base_width or c.n_embd), 1 - c.sparsity
-        for name, p in model.named_parameters():
-            if name.startswith("blocks.") and p.ndim == 2:
-                p.lr_mult = 1 / (m_d * density) if c.matrix_optimizer == "adam" else density**-self.MUON_POWER
-                self.masks[name] = torch.rand(p.shape, generator=seeded(c.seed, "mask", name)) < density
-                p.mul_(self.masks[name].to(p.device)).mul_(density**-0.5)
-        if m_d != 1: model.lm_head.register_forward_hook(lambda module, inputs, logits: logits / m_d)
-    def lift(self, optimizer: Optimizer, u: Tensor) -> Tensor:
-        if not self.config.sparsity: return u
-        if "mask" not in optimizer.state:
-            optimizer.state["mask"] = optimizer.own_rows({name: self.masks[name][None] for name in optimizer.named})
-        return u * optimizer.state["mask"]
-def make_methods(config: Config, log=print) -> list[Method]:
-    on = dict(relora=ReLoRA, galore=GaLore, sparsity=SuPar, mup_base_width=SuPar, lawa=LAWA)  # LAWA last: it sees what the others did
-    return [method(config, log) for method in dict.fromkeys(method for name, method in on.items() if getattr(config, name))]
-
-# ------------------------------------------------------------------------------------------------------------- Schedules
-def lr_at(step: int, config: Config) -> float:
-    """Factor on all rates for update `step`, 0-based: linear warm-up, constant, linear cool-down; jagged with ReLoRA."""
-    c, since_wrap, left = config, step - config.relora_warm_start, (config.steps - step) / max(1, round(config.cooldown * config.steps))
+def lr_at(step: int, c: Config):
+    """Factor on all rates for update `step`, 0-based: linear warm-up, stages, linear cool-down;
+    jagged with ReLoRA."""
+    left = (c.steps - step) / max(1, round(c.cooldown * c.steps))
     factor = min(1.0, (step + 1) / max(1, c.warmup), c.lr_floor + (1 - c.lr_floor) * left)
-    if not c.relora or since_wrap < 0: return factor
-    return factor * min(1.0, (since_wrap % c.relora_interval + 1) / c.relora_rewarm)  # from near zero back to the same curve
-def momentum_at(step: int, config: Config) -> float:  # Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024)
-    share = min(1.0, step / max(1, config.momentum_warmup))
-    return (1 - share) * min(0.85, config.momentum) + share * config.momentum
+    since_wrap = step - c.relora_warm_start
+    if c.relora and since_wrap >= 0:  # from near zero back to the same curve
+        since_merge = since_wrap % c.relora_interval + 1
+        factor *= min(1.0, since_merge / max(1, c.relora_interval // 10))
+    return factor * at_step(c.lr_factor, step, c.steps)
 
-# --------------------------------------------------------------------------------------------------------- Clock and log
+
+def momentum_at(step: int, c: Config):
+    """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024)."""
+    share = min(1.0, step / max(1, c.momentum_warmup))
+    return (1 - share) * min(0.85, c.momentum) + share * c.momentum
+
+
+def forms(c):
+    """The first steps of all forms that the work takes: batch, window, adapters."""
+    first = {}
+    for step in range(c.steps):
+        stage = at_step(c.batch_tokens, step, c.steps), at_step(c.window, step, c.steps)
+        first.setdefault((stage, c.relora and step >= c.relora_warm_start), step)
+    return first.values()
+
+
+# --------------------------------------------------------------------------------- Clock and log
 class Clock:
-    """Training time. Synchronises the device at every start and stop; nothing else in this file measures training."""
-    def __init__(self, device: torch.device):
-        self.seconds, self.since, self.sync = 0.0, None, torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    def now(self) -> float: return self.sync() or time.perf_counter()  # sync() returns None
-    def start(self): self.since = self.now()
-    def stop(self): self.seconds, self.since = self.seconds + self.now() - self.since, None
+    """Training time. Synchronises the device at every start and stop; nothing else measures
+    training."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.since = device, 0.0, None
+
+    def switch(self, on):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.seconds = self.ms / 1000
+        self.since = time.perf_counter() if on else None
+
     @contextlib.contextmanager
     def paused(self):
-        self.stop()
+        self.switch(on=False)
         yield
-        self.start()
-    ms = property(lambda self: 1000 * (self.seconds + (time.perf_counter() - self.since if self.since else 0.0)))  # so far, unsynchronised
-def write_whole(path: Path, data: bytes):
-    """The file appears complete or not at all: written aside, synced, renamed. Errors: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
-    finally: path.with_suffix(".tmp").unlink(missing_ok=True)
+        self.switch(on=True)
+
+    @property
+    def ms(self):
+        """So far, without waiting for the device."""
+        running = time.perf_counter() - self.since if self.since else 0.0
+        return 1000 * (self.seconds + running)
+
 
 class Log:
     """logs/<run_id>.txt and the screen, on rank 0: the source, the facts, the steps, the result.
-    When the disk fills up or the folder goes, lines wait in memory and the run goes on; close() is the last try."""
-    def __init__(self, config: Config, runtime: Runtime, argv: list[str], data: dict[str, str]):
-        self.run_id = runtime.exchange("run_id", f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid.uuid4().hex[:6]}")[0]
-        self.path, self.main, self.live = Path(config.log_dir, f"{self.run_id}.txt"), runtime.rank == 0, sys.stdout.isatty()
-        cpu, driver = grep("/proc/cpuinfo", r"model name.*: (.*)"), grep("/proc/driver/nvidia/version", r"Module\D*([\d.]+)")
-        facts = dict(run_id=self.run_id, python=platform.python_version(), torch=torch.__version__, cuda=torch.version.cuda if runtime.cuda else "none",
-                     driver=driver if runtime.cuda else "none", device=device_name(runtime.device), cpu=f"{cpu}, {torch.get_num_threads()} threads",
-                     world_size=runtime.world_size, argv=" ".join(argv), source_sha256=SOURCE_SHA256, data=json.dumps(data), config=json.dumps(vars(config)))
-        self.lines = [SOURCE.removesuffix("\n"), "=" * 100, *(f"{name}: {value}" for name, value in facts.items()), "=" * 100]
-        self.shown, self.behind = 0.0, True  # behind: the file lacks lines
-        self.write(fatal=f"--log_dir {config.log_dir}: no log can be written there")
-    def write(self, fatal: str = ""):  # append the newest line, or write the whole file where it lacks more than that
-        if not self.main: return
-        try:
-            if self.behind or not self.path.exists(): write_whole(self.path, "\n".join([*self.lines, ""]).encode())
-            else:
-                with open(self.path, "ab") as file: file.write(f"{self.lines[-1]}\n".encode())
-            self.behind = False
-        except OSError as error:
-            refuse(fatal, f"{fatal} ({error.strerror}); free space, or name another --log_dir")
-            if not self.behind: print(f"train_gpt.py: {self.path}: {error.strerror}; training goes on, its log waits in memory", file=sys.stderr)
-            self.behind = True
-    def line(self, text: str, echo: bool = False):  # into the log; echo: and onto the screen
-        if echo and self.main: print(("\r\033[K" if self.live else "") + text, flush=True)
-        self.lines.append(text)
-        self.write()
-    def close(self):
-        if self.behind or not self.path.exists(): self.write(fatal=f"{self.path}: the run is over, but its log cannot be written")
-    def step(self, step: int, steps: int, kind: str, loss: float, ms: float):  # the public speedrun's line; kind: val or train
-        self.line(f"step:{step}/{steps} {kind}_loss:{loss:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms", echo=kind == "val")
-    def progress(self, text: str):  # the live line: rewritten in place on a terminal, every ten seconds elsewhere
-        if self.main and time.monotonic() - self.shown > (0.2 if self.live else 10):
-            self.shown = time.monotonic()
-            print(f"\r\033[K{text}" if self.live else text, end="" if self.live else "\n", flush=True)
-def device_name(device: torch.device) -> str: return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-def grep(path: str, pattern: str) -> str:
-    return (re.findall(pattern, Path(path).read_text() if os.path.exists(path) else "") or [platform.machine()])[0]
+    Where the file can no longer be written, the run goes on and every line goes to the screen."""
 
-# ------------------------------------------------------------------------------------------------------------ Checkpoint
-class Run:
-    """A run: its settings, and all that training changes. data: {file name: sha256}; step: updates done; signal: the one that asks us to stop."""
-    def __init__(self, config: Config, runtime: Runtime, model: GPT, methods: list, optimizers=(), clock=None, log=None, data=None, step: int = 0):
-        self.config, self.runtime, self.model, self.methods, self.optimizers = config, runtime, model, methods, list(optimizers)
-        self.clock, self.log, self.data, self.step, self.resumed, self.signal = clock, log, data, step, False, 0
-    size = property(lambda self: sum(p.numel() for p in self.model.parameters()))
-    def state(self) -> dict:
-        """All of it, on the CPU, by name, the same for any number of ranks. A collective: every rank must call it."""
-        return {"model": {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}, "step": self.step,
-                "optimizers": functools.reduce(dict.__or__, (o.gather_state() for o in self.optimizers), {}), "rng": torch.get_rng_state(),
-                "methods": {type(m).__name__: m.state_dict() for m in self.methods}}
-    def load_state(self, state: dict, origin: Path | None = None):
-        """Take the shape and the values of a state. Errors: UserError when the checkpoint `origin` is of another model or method."""
+    def __init__(self, c, runtime, argv, data):
+        stamp = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{uuid.uuid4().hex[:6]}"
+        self.main, self.live, self.shown = runtime.rank == 0, sys.stdout.isatty(), 0.0
+        self.facts = dict(
+            run_id=runtime.exchange(stamp)[0],
+            python=platform.python_version(),
+            torch=torch.__version__,
+            cuda=torch.version.cuda if runtime.cuda else "none",
+            device=device_name(runtime.device),
+            cpu=f"{platform.machine()}, {torch.get_num_threads()} threads",
+            world_size=runtime.world_size,
+            argv=" ".join(argv),
+            source_sha256=SOURCE_SHA256,
+            data_sha256=data,
+            config=vars(c),
+        )
+        self.path, self.lines = Path(c.log_dir, f"{self.facts['run_id']}.txt"), []
+        table = [
+            f"{name}: {fact if isinstance(fact, str) else json.dumps(fact)}"
+            for name, fact in self.facts.items()
+        ]
+        rule = "=" * 100
+        with blame(f"--log_dir {c.log_dir}: no log can be written there"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.append("\n".join((SOURCE.removesuffix("\n"), rule, *table, rule)))
+
+    def append(self, text):
+        if self.main:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def line(self, text, echo=False):
+        """Into the log; echo: and onto the screen."""
+        self.lines.append(text)
         try:
-            for method in self.methods: method.resume(state["step"], self)
-            self.model.load_state_dict(state["model"])
-            for optimizer in self.optimizers: optimizer.load_state(state["optimizers"])
-            for method in self.methods: method.load_state_dict(state["methods"][type(method).__name__])
-            torch.set_rng_state(state["rng"])
-            self.step = state["step"]
-        except (KeyError, RuntimeError) as error:
-            raise (UserError(f"{origin} does not fit this model or method ({brief(error)[:90]})") if origin else error) from None
-def save_checkpoint(run: Run):
-    """checkpoint_dir/<run_id>/step_<n>.pt: torch.save and the sha256 of that. A collective."""
-    state, path, log, file = run.state(), Path(run.config.checkpoint_dir, run.log.run_id, f"step_{run.step:06d}.pt"), run.log, io.BytesIO()
-    state |= dict(train_seconds=run.clock.seconds, config=vars(run.config), data_sha256=run.data, source_sha256=SOURCE_SHA256,
-                  log=[text for text in log.lines if text.startswith(("step:", "resumed:"))])
+            self.append(text)
+        except OSError as error:
+            text, echo = f"{text} (not logged: {error})", True
+        if echo:
+            self.show(text)
+
+    def show(self, text, end="\n"):
+        if self.main:
+            print("\r\033[K" * self.live + text, end=end, flush=True)
+
+    def loss(self, step, steps, kind, loss, ms):
+        """The public speedrun's line; kind: val or train."""
+        times = f"train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms"
+        self.line(f"step:{step}/{steps} {kind}_loss:{loss:.4f} {times}", echo=kind == "val")
+
+    def progress(self, text):
+        """The live line: rewritten in place on a terminal, every ten seconds elsewhere."""
+        if time.monotonic() - self.shown > (0.2 if self.live else 10):
+            self.shown = time.monotonic()
+            self.show(text, end="" if self.live else "\n")
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+# ------------------------------------------------------------------------------------ Checkpoint
+@dataclasses.dataclass
+class Run:
+    """A run: its settings, and all that training changes. step: updates done; micro: {rows of a
+    rank: rows of its micro-batch}; data: {file: sha256}."""
+
+    config: Config
+    runtime: Runtime
+    model: GPT
+    methods: list
+    optimizers: list[Optimizer] = dataclasses.field(default_factory=list)
+    micro: dict[int, int] = dataclasses.field(default_factory=dict)
+    clock: Clock | None = None
+    log: Log | None = None
+    data: dict | None = None
+    step: int = 0
+    unread: list = dataclasses.field(default_factory=list)  # losses on their way from the device
+
+    def state(self):
+        """All of it, on the CPU, by name, the same for any number of ranks. A collective."""
+        optimizers = {}
+        for optimizer in self.optimizers:
+            optimizers |= optimizer.gather_state()
+        return {
+            "step": self.step,
+            "model": {name: t.cpu() for name, t in self.model.state_dict().items()},
+            "optimizers": optimizers,
+            "methods": [method.state_dict() for method in self.methods],
+            "rng": torch.get_rng_state(),
+        }
+
+    def load_state(self, state):
+        """Take the form and the values of a state."""
+        self.step = state["step"]
+        for method, values in zip(self.methods, state["methods"], strict=True):
+            method.resume(self.step, self)
+            method.load_state_dict(values)
+        self.model.load_state_dict(state["model"])
+        for optimizer in self.optimizers:
+            optimizer.load_state(state["optimizers"])
+        torch.set_rng_state(state["rng"])
+
+
+def identity(c, data):
+    """What two runs must share to be the same run."""
+    trained = list(vars(c).items())[: list(vars(c)).index("train_files")]
+    return dict(trained) | {"the source of train_gpt.py": SOURCE_SHA256, "the data": data}
+
+
+def save_checkpoint(run):
+    """checkpoint_dir/<run_id>/step_<n>.pt: torch.save and the sha256 of that; the file appears
+    whole or not at all. A collective."""
+    c, log, file = run.config, run.log, io.BytesIO()
+    path = Path(c.checkpoint_dir, log.path.stem, f"step_{run.step:06d}.pt")
+    state = run.state() | dict(
+        train_seconds=run.clock.ms / 1000,
+        config=vars(c),
+        identity=identity(c, run.data),
+        log=[line for line in log.lines if line.startswith(("step:", "resumed:"))],
+    )
     if run.runtime.rank == 0:
         torch.save(state, file)
+        data, aside = file.getvalue(), path.with_suffix(".tmp")
         try:
-            write_whole(path, file.getvalue() + hashlib.sha256(file.getvalue()).digest())
-            for old in sorted(path.parent.glob("step_*.pt"))[: -run.config.checkpoint_keep]: old.unlink()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(aside, "wb") as disk:
+                disk.write(data + hashlib.sha256(data).digest())
+                disk.flush()
+                os.fsync(disk.fileno())
+            aside.replace(path)
+            for old in sorted(path.parent.glob("step_*.pt"))[: -c.checkpoint_keep]:
+                old.unlink()
             log.line(f"checkpoint: {path}")
-        except OSError as error: log.line(f"checkpoint: {path} could not be written ({error.strerror}); training goes on without it", echo=True)
-    run.runtime.exchange(f"saved {run.step}", True)  # the others wait here: a collective would time out
-def read_checkpoint(path: Path) -> dict:
-    """Errors: UserError when the file cannot be read or is not, bit for bit, what save_checkpoint wrote."""
-    try:
-        data = path.read_bytes()
-        refuse(hashlib.sha256(data[:-32]).digest() != data[-32:], "its checksum is wrong")
-        state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
-        refuse(not {"step", "config", "model", "optimizers", "methods", "log"} <= set(state), "not of this trainer")
-        return state
-    except Exception as error:  # unreadable, damaged, or whatever torch makes of a foreign file: the user needs one line
-        raise UserError(f"{path}: damaged or not a checkpoint ({brief(error)[:90]})") from None
-def find_checkpoint(wanted: str, folder: str, say, accept=lambda state: True) -> tuple[Path, dict]:
-    """The checkpoint at a path, or the latest; one that is damaged is named, and the next older one taken."""
-    path, latest = Path(wanted), wanted == "latest"
-    if latest: found = sorted(Path(folder).glob("*/step_*.pt"), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True)
-    else: found = [path, *sorted((p for p in path.parent.glob("step_*.pt") if p.name < path.name), reverse=True)] if path.is_file() else []
-    refuse(not found, f"no checkpoint {f'in {folder}' if latest else wanted}: train with --checkpoint_every N first")
-    for path in found:
-        try:
-            if accept(state := read_checkpoint(path)): return path, state
-        except UserError as error: say(f"{error}; looking for an older one")
-    raise UserError(f"none of {len(found)} checkpoints in {found[0].parent} can be used; start again without --resume")
-def differences(state: dict, run: Run) -> list[str]:  # what has changed between the run that wrote a checkpoint and this one
-    before, now = state["config"], vars(run.config)
-    found = [f"--{name} {before.get(name)} -> {now[name]}" for name in now if name not in RUN_LOCAL and before.get(name) != now[name]]
-    return found + ["the source of train_gpt.py"] * (state["source_sha256"] != SOURCE_SHA256) + ["the data"] * (state["data_sha256"] != run.data)
-def resume(run: Run):
-    """Go on from --resume; in a process that torchrun has restarted, from this run's own newest checkpoint if there is one."""
-    c, say = run.config, functools.partial(run.log.line, echo=True)
-    restarted = c.checkpoint_every and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if not (c.resume or restarted): return
-    try: path, state = find_checkpoint("latest" if restarted else c.resume, c.checkpoint_dir, say, lambda s: not restarted or not differences(s, run))
-    except UserError as error:
-        if c.resume: raise
-        return say(f"restarted from step 0: {error}")
-    changed, step, steps = differences(state, run), state["step"], run.runtime.exchange("resume", state["step"])
-    refuse(changed and not c.resume_anyway, f"{path} is from another run: {'; '.join(changed)}. Give the flags of that run, or --resume_anyway")
-    refuse(len(set(steps)) > 1, f"the ranks found checkpoints of different steps, {steps}: --checkpoint_dir must be a shared folder")
-    refuse(step > c.steps, f"{path} is from step {step}, but the run ends at {c.steps}: nothing left to train")
-    run.load_state(state, path)
-    run.clock.seconds, run.resumed = state["train_seconds"], True
-    for text in state["log"]: run.log.line(text)
-    say("resumed: " + json.dumps({"from": str(path), "step": step, "train_time_ms": round(1000 * run.clock.seconds), "changed": changed}))
+        except OSError as error:
+            log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
+            aside.unlink(missing_ok=True)
+    run.runtime.exchange(None)  # the others wait here
 
-# -------------------------------------------------------------------------------------------------------------- Evaluate
-def largest_divisor(n: int, at_most: int) -> int: return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
+
+def read_checkpoint(path):
+    """Errors: UserError when the file is not, bit for bit, what save_checkpoint wrote."""
+    with blame(f"{path}: damaged or not a checkpoint"):
+        data = Path(path).read_bytes()
+        refuse(hashlib.sha256(data[:-32]).digest() != data[-32:], "wrong checksum")
+        state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
+        dict(state["identity"]), Config(**state["config"])
+        refuse(min(state["step"], state["train_seconds"]) < 0, "it counts below zero")
+        return state
+
+
+def find_checkpoint(wanted, folder):
+    """(path, state) of the checkpoint at a path; or the latest in a folder that can be read."""
+    if wanted != "latest":
+        return wanted, read_checkpoint(wanted)
+    found = sorted(Path(folder).glob("*/step_*.pt"), key=os.path.getmtime)
+    for path in reversed(found):
+        try:
+            return path, read_checkpoint(path)
+        except UserError as error:
+            print(f"{error}; looking for an older one", file=sys.stderr)
+    raise UserError(f"no checkpoint in {folder} can be read: train with --checkpoint_every N first")
+
+
+def find_resumption(c, runtime, data):
+    """(path, state) that --resume names. Errors: UserError when it is of another run, and
+    --resume_anyway was not given."""
+    path, state = find_checkpoint(c.resume, c.checkpoint_dir)
+    before, now = state["identity"], identity(c, data)
+    state["changed"] = [name for name in now if before.get(name) != now[name]]
+    refuse(
+        state["changed"] and not c.resume_anyway,
+        f"{path} is of a run with other {state['changed']}: give that run's, or --resume_anyway",
+    )
+    steps = runtime.exchange(state["step"])
+    refuse(len(set(steps)) > 1, f"ranks found different steps, {steps}: share --checkpoint_dir")
+    refuse(steps[0] > c.steps, f"{path}: step {steps[0]} is after the end of this run")
+    return path, state
+
+
+def resume(run, path, state):
+    """Go on where a checkpoint stands. Errors: UserError when it does not fit this model or
+    method."""
+    with blame(f"{path} does not fit this model or method"):
+        run.load_state(state)
+        run.clock.seconds = float(state["train_seconds"])
+        for line in state["log"]:
+            run.log.line(line)
+    run.log.line(f"resumed: from step {run.step} of {path}, changed: {state['changed']}", echo=True)
+
+
+# -------------------------------------------------------------------------------------- Evaluate
+def largest_divisor(n, at_most):
+    return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
+
+
 @torch.no_grad()
-def evaluate(forward, shards: Shards, config: Config, runtime: Runtime, micro: int) -> float:
-    """Mean cross-entropy, nats per token, of the first val_tokens tokens of the validation shards, each seen once."""
-    rows, T = config.val_tokens // config.seq_len, config.seq_len
-    first, last = (rank * rows // runtime.world_size for rank in (runtime.rank, runtime.rank + 1))
-    chunk, total = largest_divisor(max(1, last - first), micro), torch.zeros((), dtype=torch.float64, device=runtime.device)
-    for row in range(first, last, chunk):  # one shape, compiled once
-        flat = torch.from_numpy(shards.read(row * T, chunk * T + 1).astype(np.int64)).to(runtime.device)
-        total += forward(flat[:-1].view(chunk, T), flat[1:].view(chunk, T)).double() * chunk
-    if work := runtime.reduce(total): work.wait()
-    return total.item() / rows
-def tokenizer(config: Config):
-    """(encode, decode) of the data's vocabulary: bytes for byte shards, tiktoken's gpt2 for all others."""
-    if config.vocab_size == 257: return lambda text: list(text.encode()), lambda tokens: bytes(token for token in tokens if token < 256)
-    try:
+def swap(model, weights):
+    """Copy {parameter: values} into the model; returns what they were."""
+    named = dict(model.named_parameters())
+    before = {name: named[name].clone() for name in weights}
+    for name in weights:
+        named[name].copy_(weights[name])
+    return before
+
+
+def eval_weights(run):
+    """{parameter: what validation and sampling use in its place}, as the methods say."""
+    return {k: v for method in run.methods for k, v in method.eval_weights(run.model).items()}
+
+
+@torch.no_grad()
+def evaluate(run, val):
+    """Mean cross-entropy, nats per token, of the first val_tokens tokens, each seen once."""
+    c, runtime = run.config, run.runtime
+    share = c.val_tokens // c.seq_len // runtime.world_size
+    rows = np.arange(share) + runtime.rank * share
+    total = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    raw = swap(run.model, eval_weights(run))
+    run.model.eval()
+    for chunk in np.split(rows, share // largest_divisor(share, max(run.micro.values()))):
+        total += forward(run, *split(val.read(chunk), runtime.device)) * len(chunk)
+    run.model.train()
+    swap(run.model, raw)
+    return runtime.sum(total).item() / (share * runtime.world_size)
+
+
+def load_model(path, device="cpu") -> GPT:
+    """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
+    state = read_checkpoint(path)
+    c = Config(**state["config"] | dict(attention="sdpa", compile=False))
+    run = build(c, Runtime(torch.device(device)))
+    run.load_state(state)
+    swap(run.model, eval_weights(run))
+    return run.model.eval()
+
+
+def tokenizer(vocab_size):
+    """(encode, decode) of the data's vocabulary: bytes for byte shards, else tiktoken's gpt2."""
+    if vocab_size == 257:
+        return str.encode, bytes
+    with blame(
+        "--generate needs tiktoken's gpt2 tables: go online once, or set TIKTOKEN_CACHE_DIR"
+    ):
         import tiktoken  # only sampling needs it
-        return (gpt2 := tiktoken.get_encoding("gpt2")).encode_ordinary, gpt2.decode_bytes
-    except Exception as error:  # not installed, or offline without its tables
-        raise UserError(f"--generate needs tiktoken's gpt2 tables ({type(error).__name__}): go online once, or set TIKTOKEN_CACHE_DIR") from None
+
+        gpt2 = tiktoken.get_encoding("gpt2")
+        return gpt2.encode_ordinary, gpt2.decode_bytes
+
+
 @torch.no_grad()
-def generate(config: Config):
-    """Print config.generate and what the model of a checkpoint makes of it, as it comes."""
-    path, state = find_checkpoint(config.checkpoint, config.checkpoint_dir, print)
-    c = Config(**{name: value for name, value in state["config"].items() if name in FIELDS} | dict(attention="sdpa"))
-    run, (encode, decode) = build(c, init_runtime(config)), tokenizer(c)
-    run.load_state(state, path)
-    tokens, draw, out = [c.vocab_size - 1, *encode(config.generate)], seeded(config.seed, "generate"), sys.stdout.buffer
-    out.write(config.generate.encode())
-    for _ in range(config.generate_tokens):
-        logits = run.model(torch.tensor([tokens[-c.seq_len:]], device=run.runtime.device))[0, -1, : c.vocab_size].cpu()
-        odds = torch.softmax(logits / (config.temperature or 1.0), 0)
-        tokens.append(int(torch.multinomial(odds, 1, generator=draw) if config.temperature else odds.argmax()))
-        if tokens[-1] == c.vocab_size - 1: break
+def generate(c):
+    """Print c.generate and what the model of a checkpoint makes of it, as it comes."""
+    device, out = init_runtime(c).device, sys.stdout.buffer
+    path, state = find_checkpoint(c.checkpoint, c.checkpoint_dir)
+    seq_len, mark = state["config"]["seq_len"], state["config"]["vocab_size"] - 1
+    model, (encode, decode) = load_model(path, device), tokenizer(mark + 1)
+    tokens, generator = [mark, *encode(c.generate)], seeded(c.seed, "generate")
+    out.write(c.generate.encode())
+    for _ in range(c.generate_tokens):
+        logits = model(torch.tensor([tokens[-seq_len:]], device=device))[0, -1, : mark + 1]
+        odds = torch.softmax(logits.cpu() / max(c.temperature, 1e-6), 0)
+        tokens.append(int(torch.multinomial(odds, 1, generator=generator)))
+        if tokens[-1] == mark:
+            break
         out.write(decode(tokens[-1:]))
         out.flush()
     print()
 
-# ----------------------------------------------------------------------------------------------------------------- Train
-class Stopped(Exception): """A signal ended the run; args: its number."""
-def forward_backward(forward, inputs: Tensor, targets: Tensor, micro: int, world_size: int) -> Tensor:
-    """Add the gradients of the global mean loss, `micro` rows at a time. Returns this rank's share of that loss."""
-    parts, total = len(inputs) // micro, torch.zeros((), device=inputs.device)
-    for x, y in zip(inputs.split(micro), targets.split(micro)):
-        loss = forward(x, y) / (parts * world_size)
+
+# ----------------------------------------------------------------------------------------- Train
+class Stopped(Exception):
+    """A signal ended the run, on all ranks."""
+
+
+def forward(run, inputs, targets):
+    return compiled(GPT.forward, run.config.compile)(run.model, inputs, targets)
+
+
+def forward_backward(run, inputs, targets):
+    """Add the gradients of the global mean loss, one micro-batch at a time. Returns this rank's
+    share of that loss."""
+    micro = run.micro[len(inputs)]
+    shares = len(inputs) // micro * run.runtime.world_size
+    total = torch.zeros((), device=inputs.device)
+    for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
+        loss = forward(run, x, y) / shares
         loss.backward()
         total += loss.detach()
     return total
-def update(run: Run):  # one optimizer update. All collectives are under way before the first is waited for
+
+
+def update(run):
+    """One optimizer update. All collectives are under way before the first is waited for."""
     for stage in ("reduce", "step", "finish"):
-        for optimizer in run.optimizers: getattr(optimizer, stage)()
-def warm_up(run: Run, forward) -> int:
-    """Compile and run everything once on random tokens, before the clock starts, then put weights and state back.
-    Returns the micro-batch: --micro_batch, or a guess from the free memory that is halved while it does not fit."""
-    c, runtime, device, before, share = run.config, run.runtime, run.runtime.device, run.state(), run.config.rows // run.runtime.world_size
-    row_bytes = c.seq_len * (10 * c.padded_vocab + 70 * c.n_layer * c.n_embd)  # of logits and activations, about
-    fitting = min(int(0.85 * torch.cuda.mem_get_info(device)[0] / row_bytes), 65536 // c.seq_len) if runtime.cuda else share
-    micro = c.micro_batch or largest_divisor(share, max(1, fitting))
-    refuse(share % micro, f"--micro_batch {micro} does not divide the {share} rows of a rank; nearest below: {largest_divisor(share, micro)}")
-    while True:
-        refuse(c.galore_per_layer and micro < share, f"--galore_per_layer needs a rank's {share} rows in one micro-batch, not {micro}: lower --batch_tokens")
-        inputs, targets = split(torch.randint(c.vocab_size, (micro, c.seq_len + 1), generator=seeded("warm-up", runtime.rank)).to(device))
+        for optimizer in run.optimizers:
+            getattr(optimizer, stage)()
+
+
+def set_stage(run):
+    """Make ready for update number run.step, 0-based."""
+    run.model.set_stage(run.step)
+    for optimizer in run.optimizers:
+        optimizer.scale = lr_at(run.step, run.config)
+
+
+def build(c, runtime):
+    """The model at its first weights, on its device, with its methods; no optimizers yet."""
+    torch.manual_seed(c.seed)
+    run = Run(c, runtime, GPT(c), make_methods(c))
+    for method in run.methods:
+        method.attach(run.model)
+    run.model.to(runtime.device)
+    return run
+
+
+def warm_up(c, runtime):
+    """Compile and run every form that the work takes, on random tokens and a model that is then
+    thrown away, before the clock starts. Returns Run.micro."""
+    run = build(c, runtime)
+    run.optimizers = make_optimizers(run)
+    for run.step in forms(c):
+        for method in run.methods:
+            method.resume(run.step, run)
+        set_stage(run)
+        rows = at_step(c.batch_tokens, run.step, c.steps) // c.seq_len // runtime.world_size
+        fit_micro_batch(run, rows)
+        update(run)
+    return run.micro
+
+
+def fit_micro_batch(run, rows):
+    """Set run.micro[rows]: --micro_batch, or all rows, halved while they do not fit into the
+    memory."""
+    c, runtime = run.config, run.runtime
+    micro, fits = c.micro_batch or largest_divisor(rows, max(1, 65536 // c.seq_len)), False
+    refuse(rows % micro, f"--micro_batch {micro} does not divide the {rows} rows of a rank")
+    while not fits:
+        parted = c.galore_per_layer and micro < rows
+        refuse(
+            parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower --batch_tokens"
+        )
+        run.micro |= {micro: micro, rows: micro}
+        tokens = torch.randint(c.vocab_size, (micro, c.seq_len + 1), generator=seeded("warm-up"))
+        batch = split(tokens, runtime.device)
         try:
-            forward_backward(forward, inputs, targets, micro, runtime.world_size)
-            with torch.no_grad(): forward(inputs, targets)
+            forward_backward(run, *batch)
+            with torch.no_grad():
+                forward(run, *batch)
             fits = True
-        except torch.OutOfMemoryError: fits = False
-        if all(runtime.exchange(f"fits {micro}", fits)): break
-        refuse(micro == 1, "not even one row fits into the device's memory: lower --seq_len or the model's size")
-        micro = largest_divisor(share, micro // 2)
-        torch.cuda.empty_cache()
-    update(run)  # also leaves no gradient behind
-    run.load_state(before)
-    if runtime.cuda: torch.cuda.reset_peak_memory_stats()
-    return micro
-def training_loop(run: Run, forward, batches: Batches, val: Shards, micro: int) -> float:
-    """From run.step to the end. Returns the last validation loss. Errors: UserError when a loss is not finite; Stopped."""
-    c, runtime, clock, log, first, val_loss = run.config, run.runtime, run.clock, run.log, run.step, math.nan
-    def checked(kind: str, loss: float) -> float:
-        if math.isfinite(loss): return loss
-        log.line(f"diverged: step {run.step} {kind}_loss {loss} last val_loss {val_loss:.4f}")
-        raise UserError(f"the loss became {loss} at step {run.step} (last val loss {val_loss:.4f}): lower the learning rates; log {log.path}")
-    started, stream = clock.ms, batches.stream(run.step, c.steps, runtime)
-    clock.start()
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        fits = all(runtime.exchange(fits))
+        refuse(not fits and micro == 1, "not even one row fits into the GPU's memory")
+        micro = largest_divisor(rows, max(1, micro // 2))
+
+
+def send_loss(run, loss, stopping):
+    """Sum over ranks the loss and how many were asked to stop, and start to copy both to the
+    host."""
+    sums = run.runtime.sum(torch.stack((loss, torch.full_like(loss, stopping))))
+    host = torch.empty(2, pin_memory=run.runtime.cuda).copy_(sums, non_blocking=True)
+    event = torch.cuda.current_stream().record_event() if run.runtime.cuda else None
+    run.unread.append((run.step, host, event))
+
+
+def read_losses(run, late=0):
+    """Log all but the newest `late` of them: on a GPU the host reads one update late, so that it
+    never waits. Errors: UserError if one is not finite, Stopped."""
+    stopping = 0
+    while len(run.unread) > late:
+        step, host, event = run.unread.pop(0)
+        if event:
+            event.synchronize()
+        loss, stopping = host.tolist()
+        check_loss(run, step, "train", loss)
+    if stopping:
+        raise Stopped
+
+
+def check_loss(run, step, kind, loss):
+    """Log it. Errors: UserError when it is not finite."""
+    run.log.loss(step, run.config.steps, kind, loss, run.clock.ms)
+    lost = not math.isfinite(loss)
+    refuse(lost, f"the {kind} loss became {loss} at step {step}: lower the learning rates")
+
+
+def training_loop(run, batches, val, stop):
+    """From run.step to the end. Returns the last validation loss."""
+    c, clock, first, begun = run.config, run.clock, run.step, run.clock.ms
+    clock.switch(on=True)
     while True:
-        if run.step == c.steps or c.val_every and run.step % c.val_every == 0:
-            with clock.paused(), contextlib.ExitStack() as averaged:
-                for method in run.methods: averaged.enter_context(method.eval_weights(run.model))
-                val_loss = checked("val", evaluate(forward, val, c, runtime, micro))
-            log.step(run.step, c.steps, "val", val_loss, clock.ms)
-        if run.step == c.steps: return val_loss
-        inputs, targets = next(stream)
-        for optimizer in run.optimizers: optimizer.scale = lr_at(run.step, c)  # now: galore_per_layer updates during backward
-        loss = forward_backward(forward, inputs, targets, micro, runtime.world_size)
-        health = torch.stack((loss, torch.full_like(loss, run.signal > 0)))
-        work = runtime.reduce(health)  # summed over ranks, so all ranks decide alike
+        last = run.step == c.steps
+        if last or (c.val_every and run.step % c.val_every == 0):
+            read_losses(run)
+            with clock.paused():
+                val_loss = evaluate(run, val)
+            check_loss(run, run.step, "val", val_loss)
+        if last:
+            clock.switch(on=False)
+            return val_loss
+        set_stage(run)
+        rows = batches.batch_at(run.step, run.runtime.rank, run.runtime.world_size)
+        loss = forward_backward(run, *split(rows, run.runtime.device))
         update(run)
         run.step += 1
-        for method in run.methods: method.after_step(run.step, run)
-        if work: work.wait()
-        loss, stop = health.tolist()  # waits for the whole step
-        log.step(run.step, c.steps, "train", checked("train", loss), clock.ms)
-        seconds = (clock.ms - started) / 1000 / (run.step - first)
-        log.progress(f"step {run.step}/{c.steps}  loss {loss:.4f}  {c.batch_tokens / seconds:,.0f} tokens/s  {seconds * (c.steps - run.step):.0f} s left")
-        if stop: raise Stopped(run.signal or signal.SIGTERM)
+        for method in run.methods:
+            method.after_step(run.step, run)
+        send_loss(run, loss, bool(stop))
+        read_losses(run, late=int(run.runtime.cuda))
+        pace = (clock.ms - begun) / (run.step - first)
+        left = f"{pace * (c.steps - run.step) / 1000:.0f} s left"
+        run.log.progress(f"step {run.step}/{c.steps}  {pace:.0f} ms per step  {left}")
         if c.checkpoint_every and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
-            with clock.paused(): save_checkpoint(run)
-# Dense bf16 FLOP/s by the vendors' data sheets; the first name found in the device's counts
-BF16_PEAK = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "5090": 210e12,
-             "4090": 165e12, "A6000": 155e12, "L4": 121e12, "3090": 71e12, "A10G": 70e12}
-def result_of(run: Run, val_loss: float, warmup_ms: float) -> dict:  # the log's last line
-    c, ms, runtime, name = run.config, 1000 * run.clock.seconds, run.runtime, device_name(run.runtime.device)
-    rate, peak = c.steps * c.batch_tokens / ms * 1000, next((flops for card, flops in BF16_PEAK.items() if card in name), None)
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    result = dict(run_id=run.log.run_id, preset=c.preset, seed=c.seed, steps=c.steps, tokens=c.steps * c.batch_tokens,
-                  val_loss=round(val_loss, 6), val_tokens=c.val_tokens, target_val_loss=c.target, target_reached=val_loss <= c.target,
-                  train_time_ms=round(ms), step_avg_ms=round(ms / c.steps, 3), warmup_ms=round(warmup_ms), tokens_per_second=round(rate),
-                  world_size=runtime.world_size, device=name, resumed=run.resumed, param_count=run.size,
-                  peak_memory_bytes=torch.cuda.max_memory_allocated() if runtime.cuda else resident,
-                  optimizer_state_bytes=sum(t.nbytes for o in run.optimizers for t in o.state.values()))
-    if peak: result["mfu"] = round(rate * flops_per_token(c) / (peak * runtime.world_size), 4)
-    if c.vocab_size == 257: result["bits_per_byte"] = round(val_loss / math.log(2), 4)
-    return result | dict(source_sha256=SOURCE_SHA256, data_sha256=run.data, config=vars(c))
-def check_inputs(config: Config, runtime: Runtime, train: Shards, tokens: int, val: Shards) -> dict[str, str]:
-    """Hash the shards that this run reads, on every rank, and hold all ranks to the same. Returns {file name: sha256}."""
-    data = train.verify(tokens, config.vocab_size) | val.verify(config.val_tokens + 1, config.vocab_size)
-    ours = {"source": SOURCE_SHA256, "data": data, "flags": {k: v for k, v in vars(config).items() if k not in RUN_LOCAL}}
-    for rank, theirs in enumerate(runtime.exchange("inputs", ours)):
-        odd = " and ".join(what for what in ours if ours[what] != theirs[what])
-        refuse(odd, f"rank {rank} and rank {runtime.rank} have different {odd}: all ranks must train on the same")
-    return data
-def build(config: Config, runtime: Runtime, log=print) -> Run:  # the model at its first weights, on its device, with its methods; no optimizers yet
-    model, methods = GPT(config), make_methods(config, log)
-    init_weights(model, config)
-    model.to(runtime.device)
-    for method in methods: method.attach(model)
-    return Run(config, runtime, model, methods)
-def train(config: Config, runtime: Runtime, argv: list[str]):  # a whole run, from the shards to the result line
-    shards, val = Shards(config.train_files, "train_files"), Shards(config.val_files, "val_files")
-    batches = Batches(shards, config)
-    data = check_inputs(config, runtime, shards, batches.tokens_read, val)
-    log = Log(config, runtime, argv, data)
-    say = functools.partial(log.line, echo=True)
-    run = build(config, runtime, say)
-    run.optimizers, run.clock, run.log, run.data = make_optimizers(run.model, config, runtime, run.methods), Clock(runtime.device), log, data
-    def obey(number, frame): run.signal = number if not run.signal else os._exit(128 + number)  # after the current step; a second one at once
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, obey)
-    say(f"{config.preset}: {run.size:,} parameters, {config.steps} steps of {config.batch_tokens:,} tokens, "
-        f"{runtime.world_size} x {device_name(runtime.device)}, attention {config.attention}, compile {config.compile}")
-    on = tuple(name for name in ("relora", "galore", "lawa", "sparsity", "mup_base_width") if getattr(config, name))
-    if on: say("methods: " + ", ".join(f"{name} {value}" for name, value in vars(config).items() if name.startswith(on)))  # with the chosen values
-    resume(run)
-    begun, forward = time.perf_counter(), torch.compile(run.model, dynamic=False) if config.compile else run.model
-    micro, warmup_ms = warm_up(run, forward), 1000 * (time.perf_counter() - begun)
-    say(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batch {micro} rows")
-    try:
-        result = result_of(run, training_loop(run, forward, batches, val, micro), warmup_ms)
-    except Stopped as stop:
-        run.clock.stop()
-        if config.checkpoint_every: save_checkpoint(run)
-        say(f"stopped by {signal.Signals(stop.args[0]).name} after step {run.step}")
-        log.close()
-        raise
-    log.line(json.dumps(result))
-    log.close()
-    gap, bits = config.target - result["val_loss"], f" ({result['bits_per_byte']:.3f} bits per byte)" if "bits_per_byte" in result else ""
-    outcome = f"target {config.target:.4f} {'reached' if gap >= 0 else 'missed'} by {abs(gap):.4f}"
-    if log.main: print(f"val_loss {result['val_loss']:.4f}{bits}, {outcome} in {run.clock.seconds:.1f} s of training | log {log.path}")
-def main(argv: list[str] | None = None) -> int:
-    argv, runtime, code = sys.argv[1:] if argv is None else argv, None, 0
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, lambda number, frame: os._exit(128 + number))  # train() is kinder
-    try:
-        config = parse_config(argv, "gpt2_small" if torch.cuda.is_available() else "laptop")
-        if config.generate: return generate(config) or 0
-        runtime = init_runtime(config)
-        train(resolve(config, runtime.device), runtime, argv)
-    except Stopped as stop: code = 128 + stop.args[0]
-    except (UserError, torch.OutOfMemoryError) as error:
-        tell_failure(runtime, error if isinstance(error, UserError) else "out of memory: give a smaller --micro_batch than the log's", code := 2)
-    except Exception as error:
-        if runtime and runtime.store and isinstance(error, RuntimeError):
-            time.sleep(config.rank_timeout)  # most likely a peer is gone: watch_peers knows which, and ends us
-        else: traceback.print_exc()
-        tell_failure(runtime, f"rank {os.environ.get('RANK', 0)}: {type(error).__name__}: {error}", code := 1)
-    if runtime and runtime.store:
-        runtime.leaving.set()
-        runtime.watcher.join(timeout=5)  # it must not use the store while that is torn down
-        if code:  # peers may never answer again, so no farewell: the launcher ends them
-            time.sleep(2)  # the store may live in this process: let the others read from it what went wrong
-            os._exit(code)
-        dist.destroy_process_group()
-    return code
+            read_losses(run)
+            with clock.paused():
+                save_checkpoint(run)
 
-if __name__ == "__main__": sys.exit(main())
+
+def result_of(run, val_loss, warmup_ms):
+    """The log's last line."""
+    c, ms = run.config, run.clock.ms
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 ** (sys.platform != "darwin")
+    if run.runtime.cuda:
+        memory = torch.cuda.max_memory_allocated()
+    return run.log.facts | dict(
+        preset=c.preset,
+        seed=c.seed,
+        steps=c.steps,
+        tokens=sum(at_step(c.batch_tokens, step, c.steps) for step in range(c.steps)),
+        val_loss=round(val_loss, 6),
+        target_val_loss=c.target,
+        target_reached=val_loss <= c.target,
+        train_time_ms=round(ms),
+        step_avg_ms=round(ms / c.steps, 3),
+        warmup_ms=round(warmup_ms),
+        peak_memory_bytes=memory,
+        flops_per_token=flops_per_token(run.model),
+        param_count=sum(p.numel() for p in run.model.parameters()),
+        optimizer_state_bytes=sum(t.nbytes for o in run.optimizers for t in o.state.values()),
+    )
+
+
+def open_data(c, runtime):
+    """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
+    or trained on, or where ranks differ."""
+    shards = Shards(c.train_files, "train_files", c.seq_len)
+    val = Shards(c.val_files, "val_files", c.seq_len)
+    batches, data = Batches(shards, c), shards.hashes() | val.hashes()
+    refuse(len(val) * c.seq_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
+    shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
+    refuse(shared, f"--val_files and --train_files share {shared}: validate on other tokens")
+    everyone = runtime.exchange(identity(c, data))
+    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
+    refuse(odd, f"ranks {odd} have other flags, data or source than rank 0")
+    return batches, val, data
+
+
+def train(c, runtime, argv, stop):
+    """A whole run, from the shards to the result line."""
+    batches, val, data = open_data(c, runtime)
+    resumption = find_resumption(c, runtime, data) if c.resume else None
+    log, begun = Log(c, runtime, argv, data), time.perf_counter()
+    micro = warm_up(c, runtime)
+    if runtime.cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    warmup_ms = 1000 * (time.perf_counter() - begun)
+    run = build(c, runtime)
+    run.optimizers = make_optimizers(run)
+    run.micro, run.clock, run.log, run.data = micro, Clock(runtime.device), log, data
+    size = sum(p.numel() for p in run.model.parameters())
+    log.line(
+        f"{c.preset}: {size:,} parameters, {c.steps} steps of {c.batch_tokens} tokens", echo=True
+    )
+    log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
+    if resumption:
+        resume(run, *resumption)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    try:
+        val_loss = training_loop(run, batches, val, stop)
+    except Stopped:
+        if c.checkpoint_every:
+            save_checkpoint(run)
+        log.line(f"stopped by a signal after step {run.step}", echo=True)
+        raise
+    log.line(json.dumps(result_of(run, val_loss, warmup_ms)))
+    gap = c.target - val_loss
+    outcome = f"target {c.target:.4f} {'reached' if gap >= 0 else 'missed'} by {abs(gap):.4f}"
+    seconds = f"{run.clock.seconds:.1f} s of training"
+    log.show(f"val_loss {val_loss:.4f}, {outcome} in {seconds} | log {log.path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 2 a user's mistake in one line, 128 + n stopped by signal n. Bugs
+    raise."""
+    stop = []  # numbers of the signals that asked this process to end
+    try:
+        default = "gpt2_small" if torch.cuda.is_available() else "laptop"
+        argv = sys.argv[1:] if argv is None else argv
+        c = parse_config(argv, default)
+        if c.generate:
+            generate(c)
+        else:
+            runtime = init_runtime(c)
+            train(resolve(c, runtime.device), runtime, argv, stop)
+            if runtime.world_size > 1:
+                dist.destroy_process_group()
+        return 0
+    except (Stopped, KeyboardInterrupt):
+        return 128 + (stop or [signal.SIGINT])[0]
+    except Exception as error:
+        if dist.is_initialized():  # whoever speaks second is ended by torchrun before it can
+            time.sleep(1 + (dist.get_rank() > 0))
+        if stop:  # ... or was: then this is an echo of the first error
+            return 128 + stop[0]
+        if not isinstance(error, UserError):
+            raise
+        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+# --------------------------------------------------------------------------------------- Methods
+class Method:
+    """An optional method: hooks that default to nothing, so that the hot path has no branch for
+    it."""
+
+    optimizers = MATRIX_RULES
+    transforms = False  # do project and lift change updates?
+
+    def __init__(self, c):
+        self.config = c
+
+    def attach(self, model):
+        """After init, before optimizers and compile."""
+
+    def project(self, optimizer, g):
+        """Gradient rows, on their rank, before the update."""
+        return g
+
+    def lift(self, optimizer, u):
+        """The update, back to the weights' shape."""
+        return u
+
+    def resume(self, step, run):
+        """Give model and optimizers the form that they have after `step` updates."""
+
+    def after_step(self, step, run):
+        """After update number `step`, 1-based."""
+
+    def eval_weights(self, model):
+        """{parameter: what validation and sampling use in its place}."""
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state): ...
+
+
+def make_methods(c):
+    on = {ReLoRA: c.relora, GaLore: c.galore, SuPar: c.sparsity or c.mup_base_width, LAWA: c.lawa}
+    return [method(c) for method in on if on[method]]  # LAWA last: it sees what the others did
+
+
+class LoRALinear(Linear):
+    """y = x Wᵀ + s·(x Aᵀ) Bᵀ: W frozen, A [r, in], B [out, r] zero at first, so nothing changes."""
+
+    def __init__(self, linear, rank, scale):
+        super().__init__(linear.n_in, linear.n_out, transposed=linear.transposed)
+        self.weight, self.scale = linear.weight.requires_grad_(False), scale
+        self.weight.grad = None
+        self.A = nn.Parameter(self.weight.new_zeros(rank, self.n_in))
+        self.B = nn.Parameter(self.weight.new_zeros(self.n_out, rank))
+
+    def forward(self, x):
+        low = F.linear(x, self.A.to(x.dtype))
+        return super().forward(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+
+    def merged(self):
+        change = self.scale * self.B @ self.A
+        return self.weight + (change.T if self.transposed else change)
+
+
+def adapters(model):
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+class ReLoRA(Method):
+    """High-rank training through low-rank updates (arXiv 2307.05695): after a warm start each
+    hidden Linear becomes a LoRALinear; every interval B A is merged into the fp32 W, A drawn anew,
+    B zero, the rates re-warmed (lr_at). The adapters' moments start anew, too (the paper prunes 99
+    %)."""
+
+    @torch.no_grad()
+    def resume(self, step, run):
+        c, model = self.config, run.model
+        if step < c.relora_warm_start or adapters(model):
+            return
+        for name, p in list(model.named_parameters()):
+            path, _, last = name.removesuffix(".weight").rpartition(".")
+            if name.startswith("blocks.") and p.ndim == 2:
+                linear = getattr(model.get_submodule(path), last)
+                refuse(
+                    type(linear) is not Linear, f"--relora does not know {name}: make it a Linear"
+                )
+                setattr(
+                    model.get_submodule(path), last, LoRALinear(linear, c.relora, c.relora_scale)
+                )
+        matrices = {name: p for name, p in model.named_parameters() if name[-2:] in (".A", ".B")}
+        run.optimizers = [
+            o for o in run.optimizers if o.weights.ndim != 3
+        ]  # the frozen matrices' go
+        run.optimizers += stack_matrices(matrices, c.relora_optimizer, run)
+
+    @torch.no_grad()
+    def after_step(self, step, run):
+        c, since = self.config, step - self.config.relora_warm_start
+        if since < 0 or since % c.relora_interval or step == c.steps:
+            return
+        self.resume(step, run)  # at the end of the warm start
+        for name, layer in adapters(run.model).items():
+            layer.weight.copy_(layer.merged())
+            uniform_(layer.A, layer.n_in**-0.5, seeded(c.seed, "relora", step, name))
+            layer.B.zero_()
+        for optimizer in run.optimizers:
+            if optimizer.weights.ndim == 3:
+                optimizer.steps, optimizer.state = 0, {}
+
+
+class EightBit:
+    """Moments in float8 with an fp32 scale per row (after 8-bit Adam, arXiv 2110.02861), the second
+    as its root: a range of 2^36, not 2^18. In fp32 during a step."""
+
+    def moment(self, name, like):
+        if name in self.state and name not in self.opened:
+            values = (
+                self.state[name].view(torch.float8_e4m3fn).float() * self.state[name + "_scale"]
+            )
+            self.opened[name] = values.square() if name == "exp_avg_sq" else values
+        if name not in self.opened:
+            self.opened[name] = torch.zeros_like(like, dtype=torch.float32)
+        return self.opened[name]
+
+    def step(self):
+        self.opened = {}
+        super().step()
+        for name, values in self.opened.items():
+            values = values.sqrt() if name == "exp_avg_sq" else values
+            scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448  # float8's largest
+            self.state[name] = (values / scale).to(torch.float8_e4m3fn).view(torch.uint8)
+            self.state[name + "_scale"] = scale
+
+
+class PerLayer:
+    """Update a matrix in the backward pass, as its gradient arrives, then free the gradient (LOMO,
+    arXiv 2306.09782)."""
+
+    sharded = False
+
+    def __init__(self, named, *args):
+        super().__init__(named, *args)
+        (p,) = named.values()
+        self.grads = p.grad = None
+        p.register_post_accumulate_grad_hook(self.arrived)
+
+    def arrived(self, p):
+        self.grads = self.runtime.sum(p.grad).view_as(self.weights)
+        super().step()
+        self.grads = p.grad = None
+
+    def step(self): ...  # it has happened
+
+
+class GaLore(Method):
+    """Gradients, and so the optimizer's state, in a low-rank space (arXiv 2403.03507): the inner
+    optimizer sees G P (or PᵀG), P the gradient's leading singular vectors on its shorter side,
+    renewed every interval; its update is projected back and scaled. At a refresh the moments move
+    to the new basis (as in LDAdam, arXiv 2410.16103): the first by C = P_oldᵀ P_new, the second by
+    C squared."""
+
+    transforms = True
+
+    def __init__(self, c):
+        super().__init__(c)
+        mixins = (PerLayer,) * c.galore_per_layer + (EightBit,) * (c.galore_bits == 8)
+        rules = MATRIX_RULES.items()
+        self.optimizers = {
+            rule: type(f"GaLore{base.__name__}", (*mixins, base), {}) for rule, base in rules
+        }
+
+    def project(self, optimizer, g):
+        tall = g.size(-2) >= g.size(-1)
+        # behind zero-initialised weights the first two gradients are zero
+        if optimizer.steps <= 3 or (optimizer.steps - 1) % self.config.galore_interval == 0:
+            self.refresh(optimizer, g, tall)
+        P = optimizer.state["P"]
+        return g @ P if tall else P.mT @ g
+
+    def lift(self, optimizer, u):
+        P, (rows, cols) = optimizer.state["P"], optimizer.weights.shape[1:]
+        return self.config.galore_scale * (u @ P.mT if rows >= cols else P @ u)
+
+    def refresh(self, optimizer, g, tall):
+        r, state, long = self.config.galore, optimizer.state, (g if tall else g.mT).float()
+        P = torch.linalg.eigh(long.mT @ long)[1][..., -r:].contiguous()  # eigenvalues ascend
+        change = state.get("P", P).mT @ P
+        state["P"] = P
+        for name in {"exp_avg", "exp_avg_sq", "momentum"} & state.keys():
+            turn = change.square() if name == "exp_avg_sq" else change
+            moment = optimizer.moment(name, None)
+            moment.copy_(moment @ turn if tall else turn.mT @ moment)
+
+
+class LAWA(Method):
+    """Latest weight averaging: the mean of the last k snapshots, one every interval (arXiv
+    2306.03241). eval: validate on it, train on untouched; replace: train on from it, too. ReLoRA's
+    adapters are averaged merged (W + s·B A, with B = 0)."""
+
+    window = ()
+
+    @torch.no_grad()
+    def after_step(self, step, run):
+        c, model = self.config, run.model
+        if step % c.lawa_interval:
+            return
+        weights = {name: p for name, p in model.named_parameters() if not name.endswith(".A")}
+        for name, layer in adapters(model).items():
+            weights |= {f"{name}.weight": layer.merged(), f"{name}.B": torch.zeros_like(layer.B)}
+        weights = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()}
+        same_model = [old for old in self.window if old.keys() == weights.keys()]  # since a wrap
+        self.window = [*same_model, weights][-c.lawa :]
+        if c.lawa_mode == "replace" and len(self.window) == c.lawa:
+            swap(model, self.eval_weights(model))
+
+    def eval_weights(self, model):
+        names = self.window[0] if self.window else {}
+        if adapters(model) and not any(name.endswith(".B") for name in names):
+            return {}  # snapshots of before the wrap
+        return {
+            name: sum(old[name].double() for old in self.window) / len(self.window)
+            for name in names
+        }
+
+    def state_dict(self):
+        return {"window": list(self.window)}
+
+    def load_state_dict(self, state):
+        self.window = state["window"]
+
+
+class SuPar(Method):
+    """SuPar, sparse maximal update parameterization (arXiv 2405.15743); at sparsity 0 it is muP
+    (arXiv 2203.03466). Static random masks of density rho on the hidden matrices. With m_d = width
+    / base width: hidden init variance 1 / rho (the fan-in init holds 1 / m_d), Adam's hidden rate 1
+    / (m_d rho), logits 1 / m_d. Muon, found here: one spectral norm at every width, so no m_d; the
+    unmasked gradient is orthogonalised (a masked one has no leading direction left), and the rate
+    times rho ** -0.25 keeps the best rate in place (records/methods)."""
+
+    transforms = True
+    MUON_POWER = 0.25
+
+    @torch.no_grad()
+    def attach(self, model):
+        c, self.masks = self.config, {}
+        m_d, density = c.n_embd / (c.mup_base_width or c.n_embd), 1 - c.sparsity
+        factors = {"adam": 1 / (m_d * density), "muon": density**-self.MUON_POWER}
+        refuse(c.matrix_optimizer not in factors, f"SuPar has no rule for {c.matrix_optimizer}")
+        for name, p in model.named_parameters():
+            if name.startswith("blocks.") and p.ndim == 2:
+                p.lr_mult = factors[c.matrix_optimizer]
+                drawn = torch.rand(1, *p.shape, generator=seeded(c.seed, "mask", name))
+                self.masks[name] = drawn < density
+                p.mul_(self.masks[name][0]).mul_(density**-0.5)
+        if m_d != 1:
+            model.lm_head.register_forward_hook(lambda module, inputs, logits: logits / m_d)
+
+    def lift(self, optimizer, u):
+        if "mask" not in optimizer.state:
+            optimizer.state["mask"] = optimizer.stack(self.masks)[optimizer.mine]
+        return u * optimizer.state["mask"]
+
+
+if __name__ == "__main__":
+    sys.exit(record(main)())

@@ -1,9 +1,11 @@
 """Token shards: reading, checking and writing them; and what the scripts of this folder share.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, rest 0) and then the tokens as
-little-endian uint16: the format of llm.c. In front of every document stands <|endoftext|>, the last token of the
-vocabulary: 50256 of GPT-2's 50257, or 256 of the 257 of byte-level shards (tokens 0..255 are the bytes themselves).
+A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, rest 0) and then
+the tokens as little-endian uint16: the format of llm.c. In front of every document stands
+<|endoftext|>, the last token of the vocabulary: 50256 of GPT-2's 50257, or 256 of the 257 of
+byte-level shards (tokens 0..255 are the bytes themselves).
 """
+
 import argparse
 import contextlib
 import errno
@@ -11,6 +13,7 @@ import functools
 import hashlib
 import json
 import os
+import stat
 import sys
 from pathlib import Path
 
@@ -23,21 +26,25 @@ DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class BadInput(Exception):
-    """Something is wrong with what the user gave; the text is one line: what is wrong; what to do."""
+    """Something that only the user can mend; the text is one line: what is wrong, what to do."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and exit code 2, and that does not guess at shortened flags."""
+    """argparse whose errors are one line and exit code 2; it does not guess at shortened flags."""
 
     def __init__(self, doc):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def tool(main):
-    """Decorates a script's main(argv=None): a BadInput or OSError becomes one line on stderr and exit code 2."""
+    """Decorates a script's main(argv=None): BadInput and OSError are one line and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(argv=None):
@@ -61,11 +68,19 @@ def explain(error: OSError) -> str:
     """One line for an OSError: what is wrong; what to do."""
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in DISK_FULL:
-        return f"{where}the disk is full ({error.strerror}); free space or choose another folder with --out"
+        full = f"{where}the disk is full ({error.strerror})"
+        return f"{full}; free space or choose another folder with --out"
     return f"{where}{error.strerror or error}; check the path and its permissions"
 
 
+def refuse_irregular(path):
+    """Raises BadInput for a folder, a device or a pipe, whose opening might wait for ever."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise BadInput(f"{path}: not a regular file; move it away")
+
+
 def sha256_file(path) -> str:
+    refuse_irregular(path)
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
@@ -82,6 +97,7 @@ def header(count: int) -> bytes:
 
 def read_header(path) -> int:
     """Number of tokens in a shard. Raises BadInput unless header and file length are right."""
+    refuse_irregular(path)
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
         size = file.seek(0, os.SEEK_END)
@@ -94,12 +110,16 @@ def read_header(path) -> int:
     if version != VERSION:
         raise BadInput(f"{path}: shard version {version}, should be {VERSION}; {again}")
     if count < 0 or size != HEADER_BYTES + 2 * count:
-        raise BadInput(f"{path}: {size} bytes, but {count} tokens need {HEADER_BYTES + 2 * count}; {again}")
+        raise BadInput(
+            f"{path}: {size} bytes, but {count} tokens need {HEADER_BYTES + 2 * count}; {again}"
+        )
     return count
 
 
 def open_shard(path) -> np.ndarray:
-    """The tokens of a shard, uint16 [count], memory-mapped and read-only. Raises BadInput as read_header does."""
+    """The tokens of a shard, uint16 [count], memory-mapped and read-only. Raises BadInput as
+    read_header does.
+    """
     count = read_header(path)
     if count == 0:  # an empty range cannot be mapped
         return np.empty(0, "<u2")
@@ -108,7 +128,7 @@ def open_shard(path) -> np.ndarray:
 
 @contextlib.contextmanager
 def atomic(path):
-    """A binary file that appears under `path` only when the block ends well: temp file, fsync, rename."""
+    """A binary file that appears under `path` only when the block ends well."""
     path = Path(path)
     temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -122,13 +142,15 @@ def atomic(path):
 
 
 class ShardFile:
-    """A shard being written, of any length: write() tokens, then close() and commit(), or discard().
+    """A shard being written: write() tokens, then close() and commit(), or discard().
 
-    Until commit() it lies under a temporary name in the same folder, so a shard under its own name is whole.
+    Until commit() it lies under a temporary name in the same folder: a shard with its own name is
+    whole.
     """
 
     def __init__(self, path):
-        self.path, self.count = Path(path), 0
+        self.path = Path(path)
+        self.count = 0
         self.temp = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
         self.file = open(self.temp, "wb")
         self.file.write(bytes(HEADER_BYTES))
@@ -140,8 +162,10 @@ class ShardFile:
 
     def close(self):
         if self.count > MAX_TOKENS:
-            raise BadInput(f"{self.path.name}: {self.count} tokens, but a shard holds at most {MAX_TOKENS}; "
-                           "split the document")
+            raise BadInput(
+                f"{self.path.name}: {self.count} tokens, but a shard holds at most {MAX_TOKENS}; "
+                "split the document"
+            )
         self.file.seek(0)
         self.file.write(header(self.count))
         self.file.flush()
@@ -152,7 +176,7 @@ class ShardFile:
         os.replace(self.temp, self.path)
 
     def discard(self):
-        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses: the file goes away anyway
+        with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses
             self.file.close()
         self.temp.unlink(missing_ok=True)
 
@@ -168,11 +192,49 @@ def write_shard(path, tokens):
         shard.discard()
 
 
+def read_manifest(folder: Path) -> dict:
+    """manifest.json beside the shards: {"files": {name: {"sha256", "size", "mtime_ns", ...}}, ...}.
+
+    Without files where there is none; of an entry only "sha256" is sure to be there. Raises
+    BadInput when it is no manifest.
+    """
+    path = folder / "manifest.json"
+    if not path.exists():
+        return {"files": {}}
+    refuse_irregular(path)
+    try:
+        manifest = json.loads(path.read_bytes())
+        sound = all(isinstance(entry["sha256"], str) for entry in manifest["files"].values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
+        raise BadInput(
+            f"{path}: cannot be read as a manifest; "
+            "delete it, then fetch or prepare the shards again"
+        )
+    return manifest
+
+
+def write_manifest(folder: Path, manifest: dict):
+    with atomic(folder / "manifest.json") as file:
+        file.write((json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def entry_of(path: Path, sha256: str) -> dict:
+    """What a manifest records of a file that has just been checked or written."""
+    found = path.stat()
+    return {"sha256": sha256, "size": found.st_size, "mtime_ns": found.st_mtime_ns}
+
+
+def unchanged(path: Path, entry: dict) -> bool:
+    """Whether size and modification time are those that the manifest's entry recorded."""
+    found = path.stat()
+    return (found.st_size, found.st_mtime_ns) == (entry.get("size"), entry.get("mtime_ns"))
+
+
 def record(folder: Path, digests: dict[str, str]):
-    """Adds {file name: sha256} to manifest.json beside the shards. The trainer refuses a shard that differs from it."""
-    path, files = folder / "manifest.json", {}
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # none yet, or none that can be read: begin anew
-        files = dict(json.loads(path.read_text())["files"])
-    files |= {name: {"sha256": digest, "size": (folder / name).stat().st_size} for name, digest in digests.items()}
-    with atomic(path) as file:
-        file.write(json.dumps({"files": files}, indent=1, sort_keys=True).encode())
+    """Adds {file name: sha256} to the folder's manifest. A run refuses a shard that differs."""
+    manifest = read_manifest(folder)
+    for name, sha256 in digests.items():
+        manifest["files"][name] = entry_of(folder / name, sha256)
+    write_manifest(folder, manifest)

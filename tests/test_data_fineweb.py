@@ -1,4 +1,7 @@
-"""data/fineweb.py against a stand-in for the hub: real HTTP on the loopback, the script as a process of its own."""
+"""data/fineweb.py against a stand-in for the hub: real HTTP on the loopback, the script as a
+process of its own.
+"""
+
 import collections
 import contextlib
 import hashlib
@@ -26,88 +29,128 @@ def shard_bytes(seed: int) -> bytes:
     return shards.header(len(tokens)) + tokens.astype("<u2").tobytes()
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers as the hub of its server says."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub = self.server.hub
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        is_info = parts[0] == "api"
+        kind, name = ("info", "") if is_info else (self.command, parts[-1])
+        hub.asked[kind, name] += 1
+        fault = hub.fault(kind, name, hub.asked[kind, name])
+        if isinstance(fault, int):
+            self.answer(fault, {}, b"")
+        elif is_info:
+            self.send_info(parts[parts.index("revision") + 1] if "revision" in parts else "main")
+        else:
+            hub.revisions.add(parts[parts.index("resolve") + 1])
+            self.send_file(hub.files[name], fault)
+
+    def send_info(self, revision):
+        revision = self.server.hub.head if revision == "main" else revision
+        if revision in (REVISION, NEWER):
+            kind = {"Content-Type": "application/json"}
+            self.answer(200, kind, self.server.hub.info(revision))
+        else:
+            self.answer(404, {"X-Error-Code": "RevisionNotFound"}, b"")
+
+    def send_file(self, body, fault):
+        headers = {
+            "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+            "X-Repo-Commit": self.server.hub.head,
+            "Accept-Ranges": "bytes",
+        }
+        if self.command == "HEAD":
+            return self.answer(200, headers, body)
+        if fault == "corrupt":
+            body = body[:5000] + bytes([body[5000] ^ 1]) + body[5001:]
+        asked = self.headers.get("Range")
+        if not asked:
+            return self.answer(200, headers, body, fault)
+        start = int(asked.removeprefix("bytes=").split("-")[0])
+        headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        self.answer(206, headers, body[start:], fault)
+
+    def answer(self, status, headers, body, fault=None):
+        self.send_response(status)
+        for key, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if fault == "truncate":
+            self.wfile.write(body[:20_000])
+            self.wfile.flush()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == "slow":
+            for at in range(0, len(body), 10_000):
+                self.wfile.write(body[at : at + 10_000])
+                time.sleep(0.05)
+        else:
+            self.wfile.write(body)
+
+
 class Hub:
-    """Holds the files of one dataset at revision `head`. `fault(kind, name, times asked)` may spoil an answer:
-    it returns None, an HTTP status, or "slow", "truncate", "corrupt". kind: "info", "HEAD" or "GET"."""
+    """Holds the files of one dataset at revision `head`. `fault(kind, name, times asked)` may spoil
+    an answer: it returns None, an HTTP status, or "slow", "truncate", "corrupt". kind: "info",
+    "HEAD" or "GET".
+    """
 
     def __init__(self):
         self.files = {VAL: shard_bytes(0)} | {TRAIN.format(i): shard_bytes(i) for i in (1, 2, 3)}
-        self.head, self.fault, self.asked = REVISION, lambda *_: None, collections.Counter()
+        self.head = REVISION
+        self.fault = lambda *_: None
+        self.asked = collections.Counter()
         self.revisions = set()
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_HEAD(self):
-                self.do_GET()
-
-            def do_GET(self):
-                parts = self.path.partition("?")[0].strip("/").split("/")
-                kind, name = ("info", "") if parts[0] == "api" else (self.command, parts[-1])
-                hub.asked[kind, name] += 1
-                fault = hub.fault(kind, name, hub.asked[kind, name])
-                if isinstance(fault, int):
-                    return self.answer(fault, {}, b"")
-                if kind == "info":
-                    revision = parts[parts.index("revision") + 1] if "revision" in parts else hub.head
-                    revision = hub.head if revision == "main" else revision
-                    if revision not in (REVISION, NEWER):
-                        return self.answer(404, {"X-Error-Code": "RevisionNotFound"}, b"")
-                    return self.answer(200, {"Content-Type": "application/json"}, hub.info(revision))
-                hub.revisions.add(parts[parts.index("resolve") + 1])
-                body = hub.files[name]
-                headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": hub.head,
-                           "Accept-Ranges": "bytes"}
-                if kind == "HEAD":
-                    return self.answer(200, headers, body)
-                if fault == "corrupt":
-                    body = body[:5000] + bytes([body[5000] ^ 1]) + body[5001:]
-                start, status, total = 0, 200, len(body)
-                if asked := self.headers.get("Range"):
-                    start, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
-                    headers["Content-Range"] = f"bytes {start}-{total - 1}/{total}"
-                self.answer(status, headers, body[start:], fault)
-
-            def answer(self, status, headers, body, fault=None):
-                self.send_response(status)
-                for key, value in (headers | {"Content-Length": str(len(body))}).items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command == "HEAD":
-                    return
-                if fault == "truncate":
-                    self.wfile.write(body[:20_000])
-                    self.wfile.flush()
-                    self.close_connection = True
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                elif fault == "slow":
-                    for at in range(0, len(body), 10_000):
-                        self.wfile.write(body[at:at + 10_000])
-                        time.sleep(0.05)
-                else:
-                    self.wfile.write(body)
-
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.hub = self
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def info(self, revision):
         siblings = [{"rfilename": ".gitattributes", "size": 10, "blobId": "0" * 40}]
-        siblings += [{"rfilename": name, "size": len(body), "blobId": "0" * 40,
-                      "lfs": {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 134}}
-                     for name, body in self.files.items()]
-        return json.dumps({"id": "kjj0/fineweb10B-gpt2", "sha": revision, "siblings": siblings, "private": False,
-                           "tags": [], "downloads": 0, "likes": 0}).encode()
+        siblings += [
+            {
+                "rfilename": name,
+                "size": len(body),
+                "blobId": "0" * 40,
+                "lfs": {
+                    "sha256": hashlib.sha256(body).hexdigest(),
+                    "size": len(body),
+                    "pointerSize": 134,
+                },
+            }
+            for name, body in self.files.items()
+        ]
+        return json.dumps(
+            {
+                "id": "kjj0/fineweb10B-gpt2",
+                "sha": revision,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
+        ).encode()
 
 
 @pytest.fixture
 def hub():
     hub = Hub()
-    threading.Thread(target=hub.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    threading.Thread(
+        target=hub.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+    ).start()
     yield hub
     hub.server.shutdown()
     hub.server.server_close()
@@ -115,13 +158,24 @@ def hub():
 
 def environment(url, home):
     kept = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-    return kept | {"HF_ENDPOINT": url, "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(home), "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-                   "HF_HUB_ETAG_TIMEOUT": "2"}
+    return kept | {
+        "HF_ENDPOINT": url,
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(home),
+        "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+        "HF_HUB_ETAG_TIMEOUT": "2",
+    }
 
 
 def fetch(url, out, *args):
-    return subprocess.run([sys.executable, fineweb.__file__, *map(str, args), "--out", str(out)], capture_output=True,
-                          text=True, timeout=60, env=environment(url, out.parent / "home"), cwd="/")
+    return subprocess.run(
+        [sys.executable, fineweb.__file__, *map(str, args), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(url, out.parent / "home"),
+        cwd="/",
+    )
 
 
 def assert_whole(hub, out, names):
@@ -138,7 +192,9 @@ def assert_whole(hub, out, names):
 
 def assert_one_line(result, *words):
     assert result.returncode == 2, result
-    assert result.stderr.startswith("fineweb.py: ") and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("fineweb.py: ") and result.stderr.count("\n") == 1, (
+        result.stderr
+    )
     assert all(word in result.stderr for word in words), result.stderr
 
 
@@ -148,7 +204,10 @@ def test_fetches_then_skips_then_extends_at_the_same_revision(hub, tmp_path):
     assert first.returncode == 0 and first.stderr == "" and "[2/2]" in first.stdout, first
     assert_whole(hub, out, [VAL, TRAIN.format(1)])
     home = tmp_path / "home"
-    assert not home.exists() or sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) < 10_000
+    assert (
+        not home.exists()
+        or sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) < 10_000
+    )
 
     asked = hub.asked.total()
     assert fetch("http://127.0.0.1:9", out, 1).returncode == 0  # whole: no network needed
@@ -163,9 +222,14 @@ def test_fetches_then_skips_then_extends_at_the_same_revision(hub, tmp_path):
 
 
 def test_bad_answers_are_asked_again(hub, tmp_path):
-    """503 twice, a truncated file, a corrupt file, a slow file: each in one of the four downloads."""
-    spoilt = {("GET", VAL): [503, 503], ("GET", TRAIN.format(1)): ["truncate"], ("GET", TRAIN.format(2)): ["corrupt"],
-              ("GET", TRAIN.format(3)): ["slow"], ("info", ""): [503]}
+    """503 twice, a truncated, a corrupt and a slow file: each in one of the four downloads."""
+    spoilt = {
+        ("GET", VAL): [503, 503],
+        ("GET", TRAIN.format(1)): ["truncate"],
+        ("GET", TRAIN.format(2)): ["corrupt"],
+        ("GET", TRAIN.format(3)): ["slow"],
+        ("info", ""): [503],
+    }
 
     def fault(kind, name, times):
         plan = spoilt.get((kind, name), [])
@@ -181,7 +245,9 @@ def test_bad_answers_are_asked_again(hub, tmp_path):
 
 
 def test_an_always_corrupt_file_never_gets_its_name(hub, tmp_path):
-    hub.fault = lambda kind, name, times: "corrupt" if (kind, name) == ("GET", TRAIN.format(1)) else None
+    hub.fault = lambda kind, name, times: (
+        "corrupt" if (kind, name) == ("GET", TRAIN.format(1)) else None
+    )
     out = tmp_path / "shards"
     assert_one_line(fetch(hub.url, out, 1, "--retries", 1), TRAIN.format(1), "sha256")
     assert hub.asked["GET", TRAIN.format(1)] == 2
@@ -198,7 +264,10 @@ def test_no_network_is_one_line(tmp_path):
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    assert_one_line(fetch(f"http://127.0.0.1:{port}", tmp_path / "shards", 1, "--retries", 1), "check the network")
+    assert_one_line(
+        fetch(f"http://127.0.0.1:{port}", tmp_path / "shards", 1, "--retries", 1),
+        "check the network",
+    )
     assert not list(tmp_path.rglob("*.bin"))
 
 
@@ -238,7 +307,9 @@ def test_misuse_is_one_line(hub, tmp_path):
     assert_one_line(fetch(hub.url, out, 1, "--ouch"), "--ouch")
     (out / "manifest.json").write_text("{}")
     assert_one_line(fetch(hub.url, out, 1), "manifest")
-    (out / "manifest.json").write_text(json.dumps({"repo": "kjj0/fineweb100B-gpt2", "revision": REVISION, "files": {}}))
+    (out / "manifest.json").write_text(
+        json.dumps({"repo": "kjj0/fineweb100B-gpt2", "revision": REVISION, "files": {}})
+    )
     assert_one_line(fetch(hub.url, out, 1), "kjj0/fineweb100B-gpt2", "--out")
 
 
@@ -252,11 +323,20 @@ def test_too_little_disk_is_seen_before_fetching(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_a_disk_that_fills_up_is_one_line(hub, tmp_path):
-    """Writing fails in the middle of a file, as on a full disk: a file size limit is the portable way to get there."""
-    limited = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
-               f"sys.path.insert(0, {str(Path(fineweb.__file__).parents[1])!r}); "
-               f"from data import fineweb; sys.exit(fineweb.main(['0', '--out', {str(tmp_path / 'shards')!r}]))")
-    result = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=60,
-                            env=environment(hub.url, tmp_path / "home"))
+    """Writing fails in the middle of a file, as on a full disk: a file size limit is the portable
+    way to get there.
+    """
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+        f"sys.path.insert(0, {str(Path(fineweb.__file__).parents[1])!r}); "
+        "from data import fineweb; sys.exit(fineweb.main(sys.argv[1:]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", limited, "0", "--out", str(tmp_path / "shards")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(hub.url, tmp_path / "home"),
+    )
     assert_one_line(result, "disk is full")
     assert not list((tmp_path / "shards").rglob("*.bin"))

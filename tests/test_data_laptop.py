@@ -1,4 +1,5 @@
 """data/laptop.py and the shard format of data/shards.py."""
+
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,15 @@ import pytest
 from data import laptop, shards
 
 SCRIPT = Path(laptop.__file__)
-needs_pinned_numpy = pytest.mark.skipif(np.__version__ != laptop.NUMPY, reason=f"needs numpy {laptop.NUMPY}")
+needs_pinned_numpy = pytest.mark.skipif(
+    np.__version__ != laptop.NUMPY, reason=f"needs numpy {laptop.NUMPY}"
+)
 
 
 def run(*args, cwd=None):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, args)], cwd=cwd, capture_output=True, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,9 @@ def test_second_call_is_quick_and_a_damaged_shard_is_built_again(built, tmp_path
     start = time.perf_counter()
     again = run("--out", tmp_path, cwd="/")
     assert time.perf_counter() - start < 3  # a quarter of a second on an idle machine
-    assert again.returncode == 0 and "whole already" in again.stdout and again.stdout.count("\n") == 1
+    assert (
+        again.returncode == 0 and "whole already" in again.stdout and again.stdout.count("\n") == 1
+    )
     damaged = tmp_path / "laptop_val_000000.bin"
     damaged.write_bytes(damaged.read_bytes()[:-2])
     assert laptop.main(["--out", str(tmp_path)]) == 0
@@ -58,7 +65,12 @@ def test_second_call_is_quick_and_a_damaged_shard_is_built_again(built, tmp_path
 
 
 def test_windows_line_ends_and_left_out_files_change_nothing(tmp_path):
-    texts = {"lib/a.py": b"x = 1\n", "core/b.py": b"y = 2\n", "core/same.py": b"y = 2\n", "empty.py": b""}
+    texts = {
+        "lib/a.py": b"x = 1\n",
+        "core/b.py": b"y = 2\n",
+        "core/same.py": b"y = 2\n",
+        "empty.py": b"",
+    }
     for system, end in (("unix", b"\n"), ("windows", b"\r\n")):
         for name, text in texts.items():
             path = tmp_path / system / name
@@ -78,7 +90,11 @@ def test_another_numpy_is_one_line_and_nothing_is_written(tmp_path, monkeypatch,
     monkeypatch.setattr(np, "__version__", "1.26.4")
     assert laptop.main(["--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"pip install numpy=={laptop.NUMPY}" in error and "1.26.4" in error
+    assert (
+        error.count("\n") == 1
+        and f"pip install numpy=={laptop.NUMPY}" in error
+        and "1.26.4" in error
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -107,14 +123,17 @@ def test_shard_round_trip(tmp_path):
     assert path.stat().st_size == 1024 + 2000
 
 
-@pytest.mark.parametrize("damage, word", [
-    (lambda b: b[:500], "shorter"),
-    (lambda b: b"\0" + b[1:], "magic"),
-    (lambda b: b[:4] + b"\2" + b[5:], "version 2"),
-    (lambda b: b[:-2], "need"),
-    (lambda b: b + b"\0\0", "need"),
-    (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "need"),
-])
+@pytest.mark.parametrize(
+    "damage, word",
+    [
+        (lambda b: b[:500], "shorter"),
+        (lambda b: b"\0" + b[1:], "magic"),
+        (lambda b: b[:4] + b"\2" + b[5:], "version 2"),
+        (lambda b: b[:-2], "need"),
+        (lambda b: b + b"\0\0", "need"),
+        (lambda b: b[:8] + b"\xff\xff\xff\xff" + b[12:], "need"),
+    ],
+)
 def test_bad_shards_are_refused(tmp_path, damage, word):
     path = tmp_path / "x.bin"
     shards.write_shard(path, [1, 2, 3])

@@ -1,4 +1,6 @@
 """data/prepare.py: text in, shards out, and nothing at all when the text is bad."""
+
+import hashlib
 import json
 import os
 import random
@@ -13,13 +15,21 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import check, prepare, shards
 
-needs_gpt2 = pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs tiktoken's gpt2 files")
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs tiktoken's gpt2 files"
+)
 DOCUMENTS = [f"Document {i}: " + "some words, " * (i % 7) + "é€𝄞。\n" for i in range(300)]
 
 
 def run(*args, **env):
-    return subprocess.run([sys.executable, prepare.__file__, *map(str, args)], capture_output=True, text=True,
-                          env={**os.environ, **env}, cwd="/", timeout=60)
+    return subprocess.run(
+        [sys.executable, prepare.__file__, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+        cwd="/",
+        timeout=60,
+    )
 
 
 def main(*args):
@@ -32,15 +42,19 @@ def documents(folder, split):
     for path in sorted(folder.glob(f"*_{split}_*.bin")):
         tokens = shards.open_shard(path)
         assert tokens[0] == 256
-        texts += [part[1:].astype(np.uint8).tobytes().decode()
-                  for part in np.split(tokens, np.flatnonzero(tokens == 256))[1:]]
+        texts += [
+            part[1:].astype(np.uint8).tobytes().decode()
+            for part in np.split(tokens, np.flatnonzero(tokens == 256))[1:]
+        ]
     return texts
 
 
 def write_inputs(folder, texts=DOCUMENTS):
     txt, jsonl = folder / "a.txt", folder / "a.jsonl"
     txt.write_text("<|endoftext|>".join(texts), encoding="utf-8", newline="")
-    jsonl.write_text("".join(json.dumps({"id": 1, "body": text}) + "\n" for text in texts), encoding="utf-8")
+    jsonl.write_text(
+        "".join(json.dumps({"id": 1, "body": text}) + "\n" for text in texts), encoding="utf-8"
+    )
     return txt, jsonl
 
 
@@ -57,7 +71,9 @@ def test_every_document_arrives_once_whole_and_in_order(tmp_path):
 
 
 def test_equal_documents_are_on_the_same_side(tmp_path, monkeypatch):
-    """Also when they are in pieces in one file and whole in another, or long with the same beginning or end."""
+    """Also when they are in pieces in one file and whole in another, or long with the same
+    beginning or end.
+    """
     monkeypatch.setattr(prepare, "PIECE", 64)
     long = [f"{i} " + "the same long middle " * 20 + f"{j}" for i in range(5) for j in range(5)]
     txt, jsonl = write_inputs(tmp_path, DOCUMENTS + long + DOCUMENTS[::-1] + long)
@@ -72,7 +88,11 @@ def test_fraction_0_and_1_and_names(tmp_path):
     out = tmp_path / "corpus"
     assert main(txt, "--out", out, "--val_fraction", 0) == 0
     assert main(txt, "--out", out, "--val_fraction", 1) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["corpus_train_000001.bin", "corpus_val_000000.bin", "manifest.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "corpus_train_000001.bin",
+        "corpus_val_000000.bin",
+        "manifest.json",
+    ]
     assert documents(out, "train") == documents(out, "val") == DOCUMENTS
 
 
@@ -80,8 +100,11 @@ def test_fraction_0_and_1_and_names(tmp_path):
 def test_shards_end_between_documents(tmp_path, shard_tokens):
     texts = DOCUMENTS[:40]
     txt, _ = write_inputs(tmp_path, texts)
-    assert main(txt, "--out", tmp_path / "o", "--val_fraction", 0, "--shard_tokens", shard_tokens) == 0
-    assert documents(tmp_path / "o", "train") == texts  # documents() asserts that each shard begins with one
+    assert (
+        main(txt, "--out", tmp_path / "o", "--val_fraction", 0, "--shard_tokens", shard_tokens) == 0
+    )
+    # documents() asserts that each shard begins with one
+    assert documents(tmp_path / "o", "train") == texts
     expected = [0]
     for size in (1 + len(text.encode()) for text in texts):
         if expected[-1] and expected[-1] + size > shard_tokens:
@@ -93,8 +116,18 @@ def test_shards_end_between_documents(tmp_path, shard_tokens):
 
 @pytest.mark.parametrize("piece", [1, 7, 64, 1000])
 def test_the_size_of_pieces_changes_nothing(tmp_path, monkeypatch, piece):
-    """Marks that straddle reads, long and short documents in turn, a byte order mark, empty documents."""
-    texts = ["x y " * 500, "", "short", "é " * 300, " \n", "no space" * 200, "end <|endof text|> <|endoftext"]
+    """Marks that straddle reads, long and short documents in turn, a byte order mark, empty
+    documents.
+    """
+    texts = [
+        "x y " * 500,
+        "",
+        "short",
+        "é " * 300,
+        " \n",
+        "no space" * 200,
+        "end <|endof text|> <|endoftext",
+    ]
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbf" + "<|endoftext|>".join(texts).encode())
     monkeypatch.setattr(prepare, "PIECE", piece)
@@ -106,21 +139,54 @@ def cut_up(text: bytes, piece: int) -> list[bytes]:
     """`text` at its safe cuts, in pieces of at least `piece` bytes."""
     parts, start = [], 0
     while match := prepare.SAFE_CUT.search(text, start + piece):
-        parts.append(text[start:match.end()])
+        parts.append(text[start : match.end()])
         start = match.end()
     return [*parts, text[start:]]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cuts_do_not_change_tokens(seed):
-    """GPT-2's own pattern with a vocabulary in which every pair of bytes is a token, on text full of hard places."""
+    """GPT-2's own pattern with a vocabulary in which every pair of bytes is a token, on text full
+    of hard places.
+    """
     rng = random.Random(seed)
-    alphabet = ["a", "Z", "7", "'", "'s", "'ll", ".", "!", " ", "  ", "\n", "\n\n", "\t", "\r\n", "é", "。", "字",
-                "한", "𝄞", "\x85", "\u00a0", "\u2003", "\u3000", "\ufeff", "<|endoftext|>"]
+    alphabet = [
+        "a",
+        "Z",
+        "7",
+        "'",
+        "'s",
+        "'ll",
+        ".",
+        "!",
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "é",
+        "。",
+        "字",
+        "한",
+        "𝄞",
+        "\x85",
+        "\u00a0",
+        "\u2003",
+        "\u3000",
+        "\ufeff",
+        "<|endoftext|>",
+    ]
     used = sorted({byte for text in alphabet for byte in text.encode()})
     ranks = {bytes([byte]): byte for byte in range(256)}
-    ranks |= {bytes([a, b]): 256 + len(used) * i + j for i, a in enumerate(used) for j, b in enumerate(used)}
-    encoding = tiktoken.Encoding("pairs", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+    ranks |= {
+        bytes([a, b]): 256 + len(used) * i + j
+        for i, a in enumerate(used)
+        for j, b in enumerate(used)
+    }
+    encoding = tiktoken.Encoding(
+        "pairs", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={}
+    )
     pieces = 0
     for _ in range(300):
         text = "".join(rng.choices(alphabet, k=rng.randrange(1, 60)))
@@ -134,16 +200,35 @@ def test_cuts_do_not_change_tokens(seed):
 
 def test_workers_and_the_command_line(tmp_path):
     txt, jsonl = write_inputs(tmp_path, DOCUMENTS * 20)
-    flags = "--tokenizer", "bytes", "--val_fraction", 0.2, "--field", "body", "--shard_tokens", 100_000, "--name", "x"
+    flags = (
+        "--tokenizer",
+        "bytes",
+        "--val_fraction",
+        0.2,
+        "--field",
+        "body",
+        "--shard_tokens",
+        100_000,
+        "--name",
+        "x",
+    )
     for workers in (1, 2):
         result = run(txt, jsonl, "--out", tmp_path / str(workers), *flags, "--workers", workers)
         assert result.returncode == 0 and result.stderr == "", result
-    one, two = ({path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in "12")
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).iterdir()} for folder in "12"
+    )
+    recorded = [json.loads(files.pop("manifest.json"))["files"] for files in (one, two)]
     assert one == two and len(one) > 4
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in one.items()}
+    for files in recorded:
+        assert {name: entry["sha256"] for name, entry in files.items()} == digests
     # an error in a worker comes out as the same single line
     jsonl.write_text(jsonl.read_text() + '{"other": 1}\n')
     result = run(jsonl, "--out", tmp_path / "3", *flags, "--workers", 2)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "line 6001" in result.stderr
+    assert (
+        result.returncode == 2 and result.stderr.count("\n") == 1 and "line 6001" in result.stderr
+    )
     assert not list((tmp_path / "3").iterdir())
 
 
@@ -154,43 +239,78 @@ def test_gpt2_tokens_are_tiktokens_own(tmp_path, monkeypatch):
     _, jsonl = write_inputs(tmp_path, texts)
     long = tmp_path / "long.txt"
     long.write_text(Path(prepare.__file__).read_text() * 3)
-    assert prepare.main([str(jsonl), str(long), "--field", "body", "--out", str(tmp_path / "o"), "--val_fraction", "0",
-                         "--workers", "1"]) == 0
+    assert (
+        prepare.main(
+            [
+                str(jsonl),
+                str(long),
+                "--field",
+                "body",
+                "--out",
+                str(tmp_path / "o"),
+                "--val_fraction",
+                "0",
+                "--workers",
+                "1",
+            ]
+        )
+        == 0
+    )
     encoding = tiktoken.get_encoding("gpt2")
     expected = [[50256, *encoding.encode_ordinary(text)] for text in texts]
     # the script's own text holds the mark, which in a .txt file separates documents
-    expected += [[50256, *encoding.encode_ordinary(text)] for text in long.read_text().split("<|endoftext|>")]
+    expected += [
+        [50256, *encoding.encode_ordinary(text)] for text in long.read_text().split("<|endoftext|>")
+    ]
     assert shards.open_shard(tmp_path / "o" / "o_train_000001.bin").tolist() == sum(expected, [])
 
 
 def test_missing_gpt2_files_are_one_line(tmp_path):
     txt, _ = write_inputs(tmp_path)
     dead = "http://127.0.0.1:9"  # a proxy that is not there stands for no network
-    result = run(txt, "--out", tmp_path / "o", TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"), https_proxy=dead,
-                 HTTPS_PROXY=dead, no_proxy="", NO_PROXY="")
+    result = run(
+        txt,
+        "--out",
+        tmp_path / "o",
+        TIKTOKEN_CACHE_DIR=str(tmp_path / "empty"),
+        https_proxy=dead,
+        HTTPS_PROXY=dead,
+        no_proxy="",
+        NO_PROXY="",
+    )
     assert result.returncode == 2 and result.stderr.count("\n") == 1, result
     assert "TIKTOKEN_CACHE_DIR" in result.stderr and not list(tmp_path.rglob("*.bin"))
 
 
-@pytest.mark.parametrize("name, content, word", [
-    ("a.txt", b"fine " * 100 + b"\xff", "byte 500: not UTF-8"),
-    ("a.txt", b"one<|endoftext|>two\xff", "byte 19: not UTF-8"),
-    ("a.txt", b"", "no text"),
-    ("a.txt", b" \n<|endoftext|>\n", "no text"),
-    ("a.jsonl", b"", "no text"),
-    ("a.jsonl", b'{"text": "x"}\n\n{"body": "x"}\n', "line 3: no text in a field 'text' (found: body)"),
-    ("a.jsonl", b"\n" * 20 + b"{}\n", "line 21: no text"),
-    ("a.jsonl", b'{"text": 5}\n', "line 1: no text in a field"),
-    ("a.jsonl", b'["text"]\n', "found: list"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
-    ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: not UTF-8"),
-    ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
-    ("a.parquet", b"x", "give .txt or .jsonl"),
-    ("missing.txt", None, "no such file"),
-])
-def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch, name, content, word):
-    monkeypatch.setattr(prepare, "PIECE", 8)  # so that the place of the fault is counted across reads
+@pytest.mark.parametrize(
+    "name, content, word",
+    [
+        ("a.txt", b"fine " * 100 + b"\xff", "byte 500: not UTF-8"),
+        ("a.txt", b"one<|endoftext|>two\xff", "byte 19: not UTF-8"),
+        ("a.txt", b"", "no text"),
+        ("a.txt", b" \n<|endoftext|>\n", "no text"),
+        ("a.jsonl", b"", "no text"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n\n{"body": "x"}\n',
+            "line 3: no text in a field 'text' (found: body)",
+        ),
+        ("a.jsonl", b"\n" * 20 + b"{}\n", "line 21: no text"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: no text in a field"),
+        ("a.jsonl", b'["text"]\n', "found: list"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "line 2: not UTF-8"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: not UTF-8"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.parquet", b"x", "give .txt or .jsonl"),
+        ("missing.txt", None, "no such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path, capsys, monkeypatch, name, content, word
+):
+    # so that the place of the fault is counted across reads
+    monkeypatch.setattr(prepare, "PIECE", 8)
     good, _ = write_inputs(tmp_path)
     bad = tmp_path / "bad" / name
     bad.parent.mkdir()
@@ -214,8 +334,16 @@ def test_existing_shards_are_refused(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in (tmp_path / "o").iterdir()}
 
 
-@pytest.mark.parametrize("flag, value", [("--val_fraction", 2), ("--shard_tokens", 0), ("--workers", 0),
-                                         ("--tokenizer", "gpt9"), ("--val_frac", 0.1)])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("--val_fraction", 2),
+        ("--shard_tokens", 0),
+        ("--workers", 0),
+        ("--tokenizer", "gpt9"),
+        ("--val_frac", 0.1),
+    ],
+)
 def test_bad_flags_are_one_line(tmp_path, capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
         prepare.main(["x.txt", "--out", str(tmp_path), flag, str(value)])
@@ -227,10 +355,14 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flag, value):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs RLIMIT_FSIZE")
 def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
     txt, _ = write_inputs(tmp_path, DOCUMENTS * 20)
-    limited = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
-               f"sys.path.insert(0, {str(Path(prepare.__file__).parents[1])!r}); from data import prepare; "
-               f"sys.exit(prepare.main([{str(txt)!r}, '--out', {str(tmp_path / 'o')!r}, '--tokenizer', 'bytes', "
-               "'--workers', '1']))")
-    result = subprocess.run([sys.executable, "-c", limited], capture_output=True, text=True, timeout=60)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "disk is full" in result.stderr, result
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+        f"sys.path.insert(0, {str(Path(prepare.__file__).parents[1])!r}); "
+        "from data import prepare; sys.exit(prepare.main(sys.argv[1:]))"
+    )
+    flags = ["--out", str(tmp_path / "o"), "--tokenizer", "bytes", "--workers", "1"]
+    command = [sys.executable, "-c", limited, str(txt), *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result
+    assert "disk is full" in result.stderr
     assert not list((tmp_path / "o").iterdir())
