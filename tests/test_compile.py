@@ -1,5 +1,5 @@
-"""What a CPU can prove of the compiled path: each form of the model is one graph (forward, backward,
-no gradients), each update rule too, and flops_per_token counts what the model multiplies."""
+"""What a CPU can prove of the compiled path: each form of the model is one graph, each update rule
+too, and flops_per_token counts what the model multiplies."""
 
 import dataclasses
 

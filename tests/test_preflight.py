@@ -108,6 +108,6 @@ def test_planted_faults(fault, tmp_path):
 
 @pytest.mark.preflight
 def test_planted_model_too_large():
-    code, report = preflight(ROOT / "train_gpt.py", options=["--memory_gb", "1"])
+    code, report = preflight(ROOT / "train_gpt.py", "--n_embd", "768", options=["--memory_gb", "1"])
     print(json.dumps(report["failures"], indent=1))
     assert code == 1 and report["failures"][0]["what"] == "does not fit"

@@ -18,7 +18,7 @@ what it assumes. --json prints the same as JSON.
 
 Exit code 0: fine. 1: there it would fail or keep the GPU waiting: an error, out of memory, a launch
 that the card refuses, a graph break, a compilation after the clock started, a wait for the device
-in every update. Spilled registers are a warning. 2: misuse, or something is missing on this machine.
+in every update. 2: misuse, or something is missing on this machine. Spilled registers are warnings.
 
 The first use sets up an environment of its own (730 MB to download, 2.3 GB on disk) in
 ~/.cache/gpt2-speedrun/preflight, or where SPEEDRUN_PREFLIGHT says. Needs Linux x86-64, a C compiler

@@ -47,6 +47,10 @@ void count(const char *name, double amount) {
     pthread_mutex_unlock(&lock);
 }
 
+static _Atomic u64 n_issued;
+void issue(void) { n_issued++; }
+u64 issued(void) { return n_issued; }
+
 void waited(const char *what) {
     count(what, 0);
     void (*tell)(const char *) = on_wait;

@@ -218,7 +218,7 @@ class Environment:
         return stamp.exists() and stamp.read_text() == self.sources_sha256()
 
     def build(self):
-        """Compile the stand-in and try it. What torch wants beyond the sources gets empty bodies."""
+        """Compile the stand-in and try it. What torch wants beyond the sources gets empty ones."""
         say("compiles the stand-in for CUDA's libraries")
         shutil.rmtree(self.library, ignore_errors=True)
         self.library.mkdir()

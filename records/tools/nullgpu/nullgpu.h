@@ -58,6 +58,8 @@ enum { CUDA_VERSION_REPORTED = 13000 };
 extern pthread_mutex_t lock;                           /* of all tables of the stand-in */
 void count_locked(const char *name, double amount);    /* the caller holds the lock */
 void count(const char *name, double amount);
+void issue(void);                                      /* one more kernel is queued on the device */
+u64 issued(void);                                      /* kernels so far */
 void waited(const char *what);                         /* the host waits for the device here */
 
 /* runtime.c */

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from pathlib import Path
 
 from records.tools.nullgpu import estimate
 from records.tools.nullgpu.run import Run
@@ -30,7 +29,7 @@ def stages_of(run: Run, options) -> list[dict]:
         size = Counter(launches_of(update) for update in updates).most_common(1)[0][0]
         ordinary = next(update for update in reversed(updates) if launches_of(update) == size)
         waits = Counter(len(update["waits"]) for update in updates)
-        row = stage_row(ordinary, dict(stage), config, run.seen, options)
+        row = stage_row(ordinary, dict(stage), config, run.result(), options)
         rows.append(dict(stage=dict(stage), most_waits=max(waits)) | row)
     return rows
 
@@ -54,7 +53,7 @@ def launches_of(update: dict) -> int:
     )
 
 
-def stage_row(update: dict, stage: dict, config: dict, seen: dict, options) -> dict:
+def stage_row(update: dict, stage: dict, config: dict, result: dict, options) -> dict:
     works = estimate.works_of(update)
     classes = estimate.by_class(works, options.card, options.gpus)
     total = {
@@ -63,7 +62,7 @@ def stage_row(update: dict, stage: dict, config: dict, seen: dict, options) -> d
     tokens = stage["batch_tokens"]
     share = tokens / options.gpus
     rows = share / config.get("seq_len", 1)
-    flops = seen.get("flops_per_token")
+    flops = result.get("flops_per_token")
     utilization = flops * share / total["seconds"] / options.card.bf16_flops if flops else None
     micro_batches = update["backwards"]
     return dict(
@@ -101,14 +100,19 @@ def logged(output: str, artifact: str) -> list[tuple[str, str]]:
 
 
 def graph_breaks_of(run: Run) -> list[dict]:
-    lines = [text for _, text in logged(run.output, "graph_breaks")]
+    """Why, and at which line of the script: where it breaks, or what called the code that does."""
     breaks = []
-    for text, following in zip(lines, [*lines[1:], ""], strict=False):
-        found = re.match(r"Graph break in user code at (.*):(\d+)", text)
-        if found:
-            inside = Path(found[1]).resolve() == run.script
-            reason = following.removeprefix("Graph Break Reason: ")
-            breaks.append(dict(line=int(found[2]) if inside else None, reason=reason))
+    in_script = (
+        rf'(?:File "{re.escape(str(run.script))}", line |{re.escape(str(run.script))}:)(\d+)'
+    )
+    for _, text in logged(run.output, "graph_breaks"):
+        if text.startswith("Graph break"):
+            breaks.append(dict(line=None, reason=text))
+        found = re.search(in_script, text)
+        if breaks and found:
+            breaks[-1]["line"] = int(found[1])
+        if breaks and text.startswith("Explanation: "):
+            breaks[-1]["reason"] = text.removeprefix("Explanation: ")
     return breaks
 
 
@@ -118,7 +122,7 @@ def report_on(run: Run, options) -> dict:
     reasons = {}
     for number, text in logged(run.output, "recompiles"):
         if text.startswith("- "):
-            reasons.setdefault(number, text)
+            reasons.setdefault(number, " ".join(text.partition("  # ")[0].split()))
     for entry in compilations:
         entry["reason"] = reasons.get(entry["id"])
     report = dict(

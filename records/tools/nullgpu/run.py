@@ -147,6 +147,11 @@ class Run:
         found = re.findall(rf'File "{re.escape(str(self.script))}", line (\d+)', self.output)
         return int(found[-1]) if found else None
 
+    def result(self) -> dict:
+        """The last line of its log, {} if it did not get there."""
+        last = self.log[-1] if self.log else ""
+        return json.loads(last) if last.startswith("{") else {}
+
     def config(self) -> dict:
         for line in self.log:
             if line.startswith("config: "):

@@ -351,8 +351,21 @@ EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStream
     *status = cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) { return new_handle((void **)event); }
-EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) { return new_handle((void **)event); }
+
+typedef struct { u64 issued; } Event;  /* kernels that were queued when it was recorded */
+
+EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
+    *event = calloc(1, sizeof(Event));
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    ((Event *)event)->issued = issued();
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    return cudaEventRecord(event, stream);
+}
 EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
     free(event);
     return cudaSuccess;
@@ -362,7 +375,12 @@ EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_
 
 EXPORT cudaError_t cudaDeviceSynchronize(void) { waited("wait for the device"); return cudaSuccess; }
 EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) { waited("wait for a stream"); return cudaSuccess; }
-EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) { waited("wait for an event"); return cudaSuccess; }
+/* A wait with other kernels queued behind the event leaves the device busy, so it costs nothing. */
+EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (((Event *)event)->issued == issued()) waited("wait for an event");
+    else count("late wait for an event", 0);
+    return cudaSuccess;
+}
 
 /* --------------------------------------------------------------------------------------------------------- launches */
 
@@ -423,6 +441,7 @@ cudaError_t check_launch(const char *kernel, dim3 grid, dim3 block, size_t share
         count(line, 0);
         return fail(cudaErrorInvalidConfiguration);
     }
+    issue();
     snprintf(line, sizeof line, "kernel %s grid %u,%u,%u%s", kernel, grid.x, grid.y, grid.z, elements < 0 ? "" : " elements");
     count(line, elements < 0 ? blocks : elements);
     return cudaSuccess;
