@@ -18,9 +18,9 @@ SMALL = "--device cpu --n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --vocab_si
 WINDOW = "--window 16 --window_pattern SL"
 FORMS = {
     "gpt2_small": "--preset gpt2_small",
-    "documents": f"--preset nov2024 --doc_mask {WINDOW} --attention flex",
 }
 OTHER_FORMS = {
+    "documents": f"--preset nov2024 --doc_mask {WINDOW} --attention flex",
     "laptop": "--preset laptop",
     "nov2024": "--preset nov2024",
     "gpt2_medium": "--preset gpt2_medium",
@@ -105,4 +105,4 @@ def test_flops_per_token_counts_what_the_model_multiplies(flags):
     attention = counted.pop("aten.bmm", 0)
     causal = 0.5
     per_token = (sum(counted.values()) + causal * attention) / tokens.numel()
-    assert per_token == pytest.approx(train_gpt.flops_per_token(config), rel=1e-6)
+    assert per_token == pytest.approx(train_gpt.flops_per_token(model), rel=1e-6)

@@ -99,12 +99,15 @@ class Environment:
         for tool in ("nm", "readelf"):
             if not shutil.which(tool):
                 raise BadInput(f"{tool} not found; install binutils")
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        if not self.has_headers():
             raise BadInput(
                 f"no Python.h for {sys.executable}, which Triton needs; "
                 "install Python's headers (Debian, Ubuntu: apt install python3-dev)"
             )
         self.compiler = compiler
+
+    def has_headers(self) -> bool:
+        return Path(sysconfig.get_path("include"), "Python.h").exists()
 
     def check_room(self):
         free = shutil.disk_usage(self.home).free
