@@ -142,7 +142,7 @@ def test_a_full_disk_is_said_before_the_download(home, capsys, monkeypatch):
 
 def test_the_users_flags_win(tmp_path):
     files = ["--train_files", "a", "--val_files", "b"]
-    assert all_flags(["--steps", "30", *files], tmp_path)[2:] == [*files, "--val_every", "4"]
+    assert all_flags(["--steps", "30", *files], tmp_path)[2:] == [*files, "--val_every", "8"]
     assert "--galore_interval" in all_flags(["--galore", "8", *files], tmp_path)
     assert not any(tmp_path.iterdir())
 

@@ -7,8 +7,8 @@
 SCRIPT (train_gpt.py unless you name another) runs whole and unmodified on the CUDA build of torch,
 over a library that stands in for NVIDIA's: it allocates, checks and counts, and computes nothing.
 Dynamo, Inductor, Triton, ptxas for the named card, the caching allocator and NCCL's host side are
-real. The run is a dozen updates of the script's own shapes on random tokens, with validations in
-between: --steps 12 --val_every 4, unless the flags after -- say otherwise. --gpus 8 runs rank 0 of
+real. The run is two dozen updates of the script's own shapes on random tokens, with validations in
+between: --steps 24 --val_every 8, unless the flags after -- say otherwise. --gpus 8 runs rank 0 of
 8 and pretends the others.
 
 The report says: whether every stage and method compiles; graph breaks; compilations after the clock
@@ -34,7 +34,7 @@ from records.tools.nullgpu.cards import CARDS, GIB
 from records.tools.nullgpu.environment import Environment, cache_folder, say
 from records.tools.nullgpu.report import report_on
 from records.tools.nullgpu.run import Run
-from records.tools.runs import interruptible
+from records.tools.runs import Interrupted, interruptible
 
 
 def parse(argv: list[str]):
@@ -170,10 +170,14 @@ def text_of(report: dict) -> str:
 def main(argv) -> int:
     options = parse(argv)
     environment = Environment(cache_folder())
-    with interruptible():
-        environment.prepare()
-        say(f"runs {options.script} on a stand-in for {options.gpus} x {options.card.name}")
-        run = Run(options, environment)
+    try:
+        with interruptible():
+            environment.prepare()
+            say(f"runs {options.script} on a stand-in for {options.gpus} x {options.card.name}")
+            run = Run(options, environment)
+    except Interrupted as signal:
+        say("interrupted")
+        return signal.args[0]
     run.refuse_misuse()
     report = report_on(run, options)
     emit(json.dumps(report, indent=1) if options.json else text_of(report))

@@ -20,8 +20,13 @@ def stages_of(run: Run, options) -> list[dict]:
     """One row for each stage of the schedules: what an ordinary update of it asks for."""
     config = run.config()
     grouped = {}
+    validated = True
     for update in run.seen.get("updates", []):
-        if update["last"] - update["first"] == 1 and not update["validated"]:
+        # A loss that is read one update late makes two updates of one after each validation.
+        after_validation = validated
+        validated = update["validated"]
+        single = update["last"] - update["first"] == 1
+        if single and not validated and not after_validation:
             grouped.setdefault(stage_at(update["first"], config), []).append(update)
     rows = []
     for stage, updates in grouped.items():

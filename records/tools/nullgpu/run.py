@@ -1,7 +1,9 @@
 """One run of a script on the stand-in device, in a folder of its own, on random tokens."""
 
+import array
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -9,16 +11,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import numpy as np
-
-from data import shards
-from records.tools.command import BadInput
+from records.tools.command import BadInput, write_atomic
 from records.tools.nullgpu.environment import Environment
 from records.tools.runs import stop
 
 OBSERVE = Path(__file__).resolve().parent / "observe.py"
 RUNS_KEPT = 10  # outputs of the latest runs, to read after a failure
-STEPS = 12  # divides into two, three, four and six stages
+STEPS = 24  # divides into two, three, four and six stages
+VAL_EVERY = 8
+DOCUMENT = 700  # tokens, in random data
 
 
 def values_of(flags: list[str], name: str) -> list[str]:
@@ -32,13 +33,18 @@ def values_of(flags: list[str], name: str) -> list[str]:
 
 
 def random_shard(folder: Path, vocabulary: int, tokens: int) -> Path:
-    """A shard of random tokens in documents of 700, made once."""
+    """A shard of random tokens, the same page over and over, made once."""
     path = folder / f"random_{vocabulary}_{tokens}.bin"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = np.random.default_rng(0).integers(vocabulary - 1, size=tokens, dtype=np.uint16)
-        drawn[::700] = vocabulary - 1
-        shards.write_shard(path, drawn)
+        header = array.array("i", [20240520, 1, tokens, *[0] * 253])  # as in llm.c
+        draw = random.Random(0)
+        page = array.array("H", (draw.randrange(vocabulary - 1) for _ in range(100 * DOCUMENT)))
+        for start in range(0, len(page), DOCUMENT):
+            page[start] = vocabulary - 1  # the mark of a document
+        pages = -(-tokens // len(page))
+        body = (page.tobytes() * pages)[: 2 * tokens]
+        write_atomic(path, header.tobytes() + body)
     return path
 
 
@@ -52,7 +58,7 @@ def all_flags(flags: list[str], data: Path) -> list[str]:
         val_tokens = max([10 * 2**20, *map(int, values_of(flags, "--val_tokens"))])
     except ValueError as error:
         raise BadInput(f"a flag of the script: {error}") from None
-    added = {"--steps": steps, "--val_every": 4}
+    added = {"--steps": steps, "--val_every": VAL_EVERY}
     if "--galore" in flags:
         added["--galore_interval"] = 4  # so that bases are renewed while we look
     if "--train_files" not in flags:
