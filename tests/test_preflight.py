@@ -207,6 +207,34 @@ def test_the_estimate_is_the_slowest_of_operations_bytes_and_launches():
     assert ring == pytest.approx(7 / 8 / estimate.LINK)
 
 
+def update(first, launches, last=None, validated=False):
+    """What observe.py says of an update that launched so many kernels."""
+    counts = {"kernel k grid 1,1,1": [launches, launches]}
+    fields = dict(backwards=1, host_seconds=0.1, waits=[], triton={}, validated=validated)
+    return dict(first=first, last=last or first + 1, counts=counts, **fields)
+
+
+def test_each_stage_is_described_by_an_ordinary_update():
+    config = dict(steps=12, batch_tokens=[1024, 2048], seq_len=128)
+    updates = [
+        update(1, 5),
+        update(2, 9),  # a method's rarer work
+        update(3, 5),
+        update(4, 5, last=6, validated=True),
+        update(6, 14),  # two at once: the first one's loss was read late
+        update(7, 7),
+        update(8, 7),
+    ]
+    run = SimpleNamespace(seen=dict(updates=updates))
+    run.config = lambda: config
+    run.result = lambda: dict(flops_per_token=6.0)
+    options = SimpleNamespace(card=CARDS["h100"], gpus=2)
+    stages = reporting.stages_of(run, options)
+    assert [stage["stage"] for stage in stages] == [{"batch_tokens": n} for n in (1024, 2048)]
+    assert [stage["launches"] for stage in stages] == [5, 7]
+    assert [stage["micro_batch"] for stage in stages] == [4, 8]
+
+
 def ended(code=0, output="", total=(), compilations=()):
     """What failures() looks at, of a run and its report."""
     run = SimpleNamespace(code=code, output=output, seen=dict(total=dict.fromkeys(total)))
