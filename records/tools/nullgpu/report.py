@@ -31,8 +31,9 @@ def stages_of(run: Run, options) -> list[dict]:
     rows = []
     for stage, updates in grouped.items():
         # Updates at the border of a stage, or with a method's rarer work, are not ordinary.
+        updates.reverse()
         size = Counter(launches_of(update) for update in updates).most_common(1)[0][0]
-        ordinary = next(update for update in reversed(updates) if launches_of(update) == size)
+        ordinary = next(update for update in updates if launches_of(update) == size)
         waits = Counter(len(update["waits"]) for update in updates)
         row = stage_row(ordinary, dict(stage), config, run.result(), options)
         rows.append(dict(stage=dict(stage), most_waits=max(waits)) | row)
