@@ -145,6 +145,7 @@ def test_the_users_flags_win(tmp_path):
     assert all_flags(["--steps", "30", *files], tmp_path)[2:] == [*files, "--val_every", "8"]
     assert "--galore_interval" in all_flags(["--galore", "8", *files], tmp_path)
     assert not any(tmp_path.iterdir())
+    assert tool.separated(["--a=b=c", "d=e"]) == ["--a", "b=c", "d=e"]
 
 
 def test_the_log_is_read_by_whole_lines(tmp_path):

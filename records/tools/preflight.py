@@ -37,6 +37,14 @@ from records.tools.nullgpu.run import Run
 from records.tools.runs import Interrupted, interruptible
 
 
+def separated(flags: list[str]) -> list[str]:
+    """--name=value as two words."""
+    words = []
+    for flag in flags:
+        words += flag.split("=", 1) if flag.startswith("--") else [flag]
+    return words
+
+
 def parse(argv: list[str]):
     parser = Parser("preflight", __doc__)
     parser.add_argument("script", nargs="?", default="train_gpt.py")
@@ -47,7 +55,7 @@ def parse(argv: list[str]):
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     at = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:at])
-    options.flags = argv[at + 1 :]
+    options.flags = separated(argv[at + 1 :])
     options.script = Path(options.script)
     if options.script.is_dir():
         options.script = options.script / "train_gpt.py"

@@ -160,9 +160,8 @@ def failures(report: dict, run: Run) -> list[dict]:
     if run.code is None:
         fail("does not end", "it took longer than --timeout")
     elif run.code:
-        short = any(name.startswith("memory refused") for name in total)
-        memory = short or "out of memory" in run.output
-        fail("does not fit" if memory else "does not run", run.last_line(), run.line_of_error())
+        short = "memory refused" in total and (run.code == 2 or "memory" in run.last_line())
+        fail("does not fit" if short else "does not run", run.last_line(), run.line_of_error())
     for name in total:
         if name.startswith("refused"):
             fail("refused", name)
