@@ -27,25 +27,25 @@ SMALL = (
 FAULTS = {
     "graph break": """
 whole = GPT.forward
-def forward(self, *args):
+def planted(self, *args):
     torch._dynamo.graph_break()
     return whole(self, *args)
-GPT.forward = forward
+GPT.forward = planted
 """,
     "late compilation": """
 whole, calls = GPT.forward, 0
-def forward(self, *args):
+def planted(self, *args):
     global calls
     calls += 1
     return whole(self, *args) * calls
-GPT.forward = forward
+GPT.forward = planted
 """,
     "wait": """
-step = Optimizer.step
-def waiting_step(self):
+whole = Optimizer.step
+def planted(self):
     self.weights.sum().item()
-    step(self)
-Optimizer.step = waiting_step
+    whole(self)
+Optimizer.step = planted
 """,
     "spill": """
 import triton
@@ -59,11 +59,11 @@ def hungry(x, size: tl.constexpr):
         other = tl.load(x + at * i)
         total = total * tl.sort(kept + other) + tl.sort(other * total)
     tl.store(x + at, total + kept)
-step = Optimizer.step
-def spilling_step(self):
-    step(self)
+whole = Optimizer.step
+def planted(self):
+    whole(self)
     hungry[(1,)](torch.zeros(2**16, device="cuda"), 8192, num_warps=1)
-Optimizer.step = spilling_step
+Optimizer.step = planted
 """,
     "does not run": """
 import triton
@@ -72,11 +72,11 @@ import triton.language as tl
 def huge(x, size: tl.constexpr):
     at = tl.arange(0, size)
     tl.store(x + at, tl.sort(tl.load(x + at)))
-step = Optimizer.step
-def wide_step(self):
-    step(self)
+whole = Optimizer.step
+def planted(self):
+    whole(self)
     huge[(1,)](torch.zeros(2**21, device="cuda"), 2**21)
-Optimizer.step = wide_step
+Optimizer.step = planted
 """,
 }
 
