@@ -1,4 +1,4 @@
-/* NVIDIA's libraries: cuBLAS counts matmuls by shape, NCCL collectives by bytes; cuSOLVER and cuDNN only say yes. */
+/* NVIDIA's libraries: cuBLAS counts matmuls by shape, NCCL collectives by bytes; cuSOLVER only says yes. */
 #include "nullgpu.h"
 
 #include <library_types.h>
@@ -133,31 +133,15 @@ EXPORT I cusolverDnXsyevBatched_bufferSize(P h, P p, I j, I u, L n, I ta, P A, L
 
 /* ------------------------------------------------------------------------------------------------------------ cuDNN */
 
-/* The version decides on attention: from 9.15 on, PyTorch prefers cuDNN's own on sm_90. Its graph API, as the frontend
- * uses it: one engine, no knobs, no workspace, always supported. */
-enum { CUDNN_INT64 = 3, CUDNN_INT32 = 23 };
+/* The version decides on attention: from 9.15 on, PyTorch prefers cuDNN's own on sm_90, of which nothing could be seen. */
+enum { CUDNN_VERSION_REPORTED = 91000 };
 
 EXPORT int cudnnCreate(void **handle) { return new_handle(handle); }
-EXPORT size_t cudnnGetVersion(void) { return card.cudnn; }
+EXPORT size_t cudnnGetVersion(void) { return CUDNN_VERSION_REPORTED; }
 EXPORT size_t cudnnGetCudartVersion(void) { return CUDA_VERSION_REPORTED; }
-EXPORT int cudnnBackendCreateDescriptor(int type, void **descriptor) { return new_handle(descriptor); }
-EXPORT int cudnnBackendDestroyDescriptor(void *descriptor) {
-    free(descriptor);
-    return 0;
-}
-EXPORT int cudnnBackendGetAttribute(void *descriptor, int attribute, int type, int64_t asked, int64_t *got, void *value) {
-    if (got) *got = 1;
-    if (value && asked && type == CUDNN_INT64) *(int64_t *)value = 0;
-    if (value && asked && type == CUDNN_INT32) *(int32_t *)value = 0;
-    return 0;
-}
 EXPORT const char *cudnnGetErrorString(int error) { return "refused by the stand-in device"; }
 EXPORT void cudnnGetLastErrorString(char *text, size_t size) {
     if (size) *text = 0;
-}
-EXPORT int cudnnBackendExecute(void *handle, void *plan, void *pack) {
-    count("kernel cudnn_graph grid 1,1,1", 1);
-    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------------------------- NCCL */

@@ -46,7 +46,6 @@ typedef struct {
     int l2;                    /* bytes */
     int clock, memory_clock;   /* kHz */
     int bus_width;             /* bits */
-    int cudnn;                 /* version */
     u64 memory;                /* bytes */
 } Card;
 extern Card card;

@@ -31,7 +31,6 @@ __attribute__((constructor)) static void read_settings(void) {
         .clock = setting("NULLGPU_CLOCK", 1980000),
         .memory_clock = setting("NULLGPU_MEMORY_CLOCK", 2619000),
         .bus_width = setting("NULLGPU_BUS_WIDTH", 5120),
-        .cudnn = setting("NULLGPU_CUDNN", 91000),
         .memory = setting("NULLGPU_MEMORY", 84930000000),
     };
 }
