@@ -1,22 +1,34 @@
-/* The driver API (libcuda): Triton's kernels, loaded from the cubins that ptxas made, and launched. */
+/* The driver API (libcuda): Triton's kernels, loaded from the cubins that ptxas made, and launched.
+ */
 #include "nullgpu.h"
 
 #include <elf.h>
 
 typedef struct {
     char *name;
-    int registers;  /* per thread */
-    int local;      /* bytes of local memory per thread: spilled registers, mostly */
-    int shared;     /* bytes that the kernel has asked for */
+    int registers; /* per thread */
+    int local;     /* bytes of local memory per thread: spilled registers, mostly */
+    int shared;    /* bytes that the kernel has asked for */
 } Function;
 
 enum { ELF_MACHINE_CUDA = 190 };
-enum { INFO_WITH_SIZE = 4, INFO_REGISTERS = 0x2f, INFO_STACK = 0x12 };  /* of section .nv.info */
+enum { INFO_WITH_SIZE = 4, INFO_REGISTERS = 0x2f, INFO_STACK = 0x12 }; /* of section .nv.info */
 
-EXPORT CUresult cuInit(unsigned flags) { return CUDA_SUCCESS; }
-EXPORT CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION_REPORTED; return CUDA_SUCCESS; }
-EXPORT CUresult cuDeviceGetCount(int *n) { *n = card.count; return CUDA_SUCCESS; }
-EXPORT CUresult cuDeviceGet(CUdevice *device, int index) { *device = index; return CUDA_SUCCESS; }
+EXPORT CUresult cuInit(unsigned flags) {
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuDriverGetVersion(int *version) {
+    *version = CUDA_VERSION_REPORTED;
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuDeviceGetCount(int *n) {
+    *n = card.count;
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuDeviceGet(CUdevice *device, int index) {
+    *device = index;
+    return CUDA_SUCCESS;
+}
 EXPORT CUresult cuDeviceGetAttribute(int *value, CUdevice_attribute attribute, CUdevice device) {
     *value = device_attribute(attribute, device);
     return CUDA_SUCCESS;
@@ -26,23 +38,49 @@ EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int
     *active = 1;
     return CUDA_SUCCESS;
 }
-static CUcontext context_of(int device) { return (CUcontext)(uintptr_t)(device + 1); }
+static CUcontext context_of(int device) {
+    return (CUcontext)(uintptr_t)(device + 1);
+}
 EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     *context = context_of(device);
     return CUDA_SUCCESS;
 }
-EXPORT CUresult cuCtxGetCurrent(CUcontext *context) { *context = context_of(current_device()); return CUDA_SUCCESS; }
-EXPORT CUresult cuCtxGetDevice(CUdevice *device) { *device = current_device(); return CUDA_SUCCESS; }
-EXPORT CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 1 << 20; return CUDA_SUCCESS; }
+EXPORT CUresult cuCtxGetCurrent(CUcontext *context) {
+    *context = context_of(current_device());
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuCtxGetDevice(CUdevice *device) {
+    *device = current_device();
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuCtxGetLimit(size_t *value, CUlimit limit) {
+    *value = 1 << 20;
+    return CUDA_SUCCESS;
+}
 /* Triton's launchers, compiled when they are needed, want these. */
-EXPORT CUresult cuCtxSetCurrent(CUcontext context) { return CUDA_SUCCESS; }
-EXPORT CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
-EXPORT CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; }
-EXPORT CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
-EXPORT CUresult cuGetErrorString(CUresult error, const char **text) { *text = "refused by the stand-in device"; return CUDA_SUCCESS; }
-EXPORT CUresult cuGetErrorName(CUresult error, const char **text) { *text = "CUDA_ERROR"; return CUDA_SUCCESS; }
+EXPORT CUresult cuCtxSetCurrent(CUcontext context) {
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuCtxSetLimit(CUlimit limit, size_t value) {
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuModuleUnload(CUmodule module) {
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) {
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuGetErrorString(CUresult error, const char **text) {
+    *text = "refused by the stand-in device";
+    return CUDA_SUCCESS;
+}
+EXPORT CUresult cuGetErrorName(CUresult error, const char **text) {
+    *text = "CUDA_ERROR";
+    return CUDA_SUCCESS;
+}
 
-EXPORT CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdeviceptr address) {
+EXPORT CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute,
+                                      CUdeviceptr address) {
     int device;
     pthread_mutex_lock(&lock);
     int type = describe_address((void *)address, &device);
@@ -52,14 +90,15 @@ EXPORT CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute
         case CU_POINTER_ATTRIBUTE_DEVICE_POINTER: *(CUdeviceptr *)value = address; break;
         case CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL: *(int *)value = known ? device : 0; break;
         case CU_POINTER_ATTRIBUTE_MEMORY_TYPE:
-            *(unsigned *)value = type == cudaMemoryTypeDevice ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
+            *(unsigned *)value =
+                type == cudaMemoryTypeDevice ? CU_MEMORYTYPE_DEVICE : CU_MEMORYTYPE_HOST;
             break;
         default: *(int *)value = 0;
     }
     return known ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
 }
 
-/* ---------------------------------------------------------------------------------------------------------- modules */
+/* -------------------------------------------------------------------------------------- modules */
 
 /* A module is a copy of its cubin, an ELF file. */
 EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
@@ -71,7 +110,8 @@ EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     }
     int architecture = header->e_flags & 0xff;
     if (architecture != card.compute) {
-        fprintf(stderr, "nullgpu: a cubin for sm_%d on a card of sm_%d\n", architecture, card.compute);
+        fprintf(stderr, "nullgpu: a cubin for sm_%d on a card of sm_%d\n", architecture,
+                card.compute);
         count("refused cubin", 0);
         return CUDA_ERROR_NO_BINARY_FOR_GPU;
     }
@@ -82,7 +122,8 @@ EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     count("cubin", size);
     return CUDA_SUCCESS;
 }
-EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n, CUjit_option *options, void **values) {
+EXPORT CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n,
+                                   CUjit_option *options, void **values) {
     return cuModuleLoadData(module, image);
 }
 EXPORT CUresult cuModuleLoad(CUmodule *module, const char *path) {
@@ -93,13 +134,15 @@ EXPORT CUresult cuModuleLoad(CUmodule *module, const char *path) {
     rewind(file);
     char *image = malloc(size + sizeof(Elf64_Ehdr));
     CUresult result = CUDA_ERROR_INVALID_IMAGE;
-    if (fread(image, 1, size, file) == (size_t)size && size >= (long)sizeof(Elf64_Ehdr)) result = cuModuleLoadData(module, image);
+    if (fread(image, 1, size, file) == (size_t)size && size >= (long)sizeof(Elf64_Ehdr))
+        result = cuModuleLoadData(module, image);
     free(image);
     fclose(file);
     return result;
 }
 
-/* Registers and stack of the kernel, from the records of .nv.info: format, attribute, size, then symbol and value. */
+/* Registers and stack of the kernel, from the records of .nv.info: format, attribute, size, then
+ * symbol and value. */
 static void read_info(Function *function, const unsigned char *record, const unsigned char *end) {
     while (record + 4 <= end) {
         unsigned size = record[0] == INFO_WITH_SIZE ? record[2] | record[3] << 8 : 0;
@@ -122,7 +165,8 @@ EXPORT CUresult cuModuleGetFunction(CUfunction *result, CUmodule module, const c
     for (int i = 0; i < header->e_shnum; i++) {
         unsigned char *start = (unsigned char *)image + sections[i].sh_offset;
         if (!strcmp(names + sections[i].sh_name, wanted)) found = 1;
-        if (!strcmp(names + sections[i].sh_name, ".nv.info")) read_info(function, start, start + sections[i].sh_size);
+        if (!strcmp(names + sections[i].sh_name, ".nv.info"))
+            read_info(function, start, start + sections[i].sh_size);
     }
     if (!found) {
         fprintf(stderr, "nullgpu: no kernel %s in its cubin\n", name);
@@ -132,7 +176,7 @@ EXPORT CUresult cuModuleGetFunction(CUfunction *result, CUmodule module, const c
     return CUDA_SUCCESS;
 }
 
-/* -------------------------------------------------------------------------------------------------------- functions */
+/* ------------------------------------------------------------------------------------ functions */
 
 EXPORT CUresult cuFuncGetAttribute(int *value, CUfunction_attribute attribute, CUfunction handle) {
     Function *function = (Function *)handle;
@@ -148,7 +192,8 @@ EXPORT CUresult cuFuncSetAttribute(CUfunction handle, CUfunction_attribute attri
     Function *function = (Function *)handle;
     if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) return CUDA_SUCCESS;
     if (value > card.shared_per_block) {
-        fprintf(stderr, "nullgpu: %s wants %d bytes of shared memory, the card has %d\n", function->name, value, card.shared_per_block);
+        fprintf(stderr, "nullgpu: %s wants %d bytes of shared memory, the card has %d\n",
+                function->name, value, card.shared_per_block);
         return CUDA_ERROR_INVALID_VALUE;
     }
     function->shared = value;
@@ -162,33 +207,41 @@ static CUresult refuse_launch(Function *function, const char *why) {
     count(line, 0);
     return CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
 }
-EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by,
-                               unsigned bz, unsigned shared, CUstream stream, void **arguments, void **extra) {
+EXPORT CUresult cuLaunchKernel(CUfunction handle, unsigned gx, unsigned gy, unsigned gz,
+                               unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                               CUstream stream, void **arguments, void **extra) {
     Function *function = (Function *)handle;
     dim3 grid = {gx, gy, gz};
     dim3 block = {bx, by, bz};
-    if (shared > SHARED_STATIC && (int)shared > function->shared) return refuse_launch(function, "too much shared memory");
-    if ((u64)function->registers * bx * by * bz > REGISTERS) return refuse_launch(function, "too many registers");
+    if (shared > SHARED_STATIC && (int)shared > function->shared)
+        return refuse_launch(function, "too much shared memory");
+    if ((u64)function->registers * bx * by * bz > REGISTERS)
+        return refuse_launch(function, "too many registers");
     if (function->local) {
         char line[4096];
         snprintf(line, sizeof line, "spill %s", function->name);
         count(line, function->local);
     }
-    return check_launch(function->name, grid, block, shared, -1) ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+    return check_launch(function->name, grid, block, shared, -1) ? CUDA_ERROR_INVALID_VALUE
+                                                                 : CUDA_SUCCESS;
 }
-EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction handle, void **arguments, void **extra) {
-    return cuLaunchKernel(handle, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY, c->blockDimZ,
-                          c->sharedMemBytes, c->hStream, arguments, extra);
+EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *c, CUfunction handle, void **arguments,
+                                 void **extra) {
+    return cuLaunchKernel(handle, c->gridDimX, c->gridDimY, c->gridDimZ, c->blockDimX, c->blockDimY,
+                          c->blockDimZ, c->sharedMemBytes, c->hStream, arguments, extra);
 }
-EXPORT CUresult cuLaunchCooperativeKernel(CUfunction handle, unsigned gx, unsigned gy, unsigned gz, unsigned bx,
-                                          unsigned by, unsigned bz, unsigned shared, CUstream stream, void **arguments) {
+EXPORT CUresult cuLaunchCooperativeKernel(CUfunction handle, unsigned gx, unsigned gy, unsigned gz,
+                                          unsigned bx, unsigned by, unsigned bz, unsigned shared,
+                                          CUstream stream, void **arguments) {
     return cuLaunchKernel(handle, gx, gy, gz, bx, by, bz, shared, stream, arguments, NULL);
 }
-EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction handle, int threads, size_t shared) {
+EXPORT CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction handle,
+                                                            int threads, size_t shared) {
     *blocks = 2;
     return CUDA_SUCCESS;
 }
-EXPORT CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction handle, const CUlaunchConfig *launch) {
+EXPORT CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction handle,
+                                             const CUlaunchConfig *launch) {
     *clusters = card.multiprocessors / 2;
     return CUDA_SUCCESS;
 }

@@ -1,11 +1,12 @@
-/* The runtime API (libcudart): the card's properties, memory, copies, streams, events, launches of compiled-in kernels. */
+/* The runtime API (libcudart): the card's properties, memory, copies, streams, events, launches of
+ * compiled-in kernels. */
 #include "nullgpu.h"
 
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <time.h>
 
-/* --------------------------------------------------------------------------------------------------------- the card */
+/* ------------------------------------------------------------------------------------- the card */
 
 Card card;
 static __thread int current;
@@ -16,7 +17,8 @@ static long setting(const char *name, long otherwise) {
     return text ? atol(text) : otherwise;
 }
 
-/* The defaults are an H100's, so that a program started by hand under the library sees a card, too. */
+/* The defaults are an H100's, so that a program started by hand under the library sees a card, too.
+ */
 __attribute__((constructor)) static void read_settings(void) {
     const char *name = getenv("NULLGPU_NAME");
     card = (Card){
@@ -35,19 +37,38 @@ __attribute__((constructor)) static void read_settings(void) {
     };
 }
 
-static cudaError_t fail(cudaError_t error) { return last_error = error; }
-int current_device(void) { return current; }
+static cudaError_t fail(cudaError_t error) {
+    return last_error = error;
+}
+int current_device(void) {
+    return current;
+}
 
-EXPORT cudaError_t cudaGetDeviceCount(int *n) { *n = card.count; return cudaSuccess; }
-EXPORT cudaError_t cudaGetDevice(int *device) { *device = current; return cudaSuccess; }
+EXPORT cudaError_t cudaGetDeviceCount(int *n) {
+    *n = card.count;
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaGetDevice(int *device) {
+    *device = current;
+    return cudaSuccess;
+}
 EXPORT cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= card.count) return fail(cudaErrorInvalidDevice);
     current = device;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaDriverGetVersion(int *version) { *version = CUDA_VERSION_REPORTED; return cudaSuccess; }
-EXPORT cudaError_t cudaRuntimeGetVersion(int *version) { *version = CUDA_VERSION_REPORTED; return cudaSuccess; }
-EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) { *can = 1; return cudaSuccess; }
+EXPORT cudaError_t cudaDriverGetVersion(int *version) {
+    *version = CUDA_VERSION_REPORTED;
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = CUDA_VERSION_REPORTED;
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int a, int b) {
+    *can = 1;
+    return cudaSuccess;
+}
 EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     *least = 0;
     *greatest = -5;
@@ -58,7 +79,9 @@ EXPORT cudaError_t cudaDeviceGetPCIBusId(char *text, int size, int device) {
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaPeekAtLastError(void) { return last_error; }
+EXPORT cudaError_t cudaPeekAtLastError(void) {
+    return last_error;
+}
 EXPORT cudaError_t cudaGetLastError(void) {
     cudaError_t error = last_error;
     last_error = cudaSuccess;
@@ -119,7 +142,8 @@ EXPORT cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device)
     return cudaSuccess;
 }
 
-/* cudaDeviceAttr and CUdevice_attribute have the same numbers. What is not here (multicast, fabric) the card lacks. */
+/* cudaDeviceAttr and CUdevice_attribute have the same numbers. What is not here (multicast, fabric)
+ * the card lacks. */
 int device_attribute(int attribute, int device) {
     switch (attribute) {
         case cudaDevAttrMaxThreadsPerBlock:
@@ -163,24 +187,26 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
     return cudaSuccess;
 }
 
-/* ----------------------------------------------------------------------------------------------------------- memory */
+/* --------------------------------------------------------------------------------------- memory */
 
 typedef struct {
     char *at;
     u64 size;
-    int type;  /* cudaMemoryTypeHost or cudaMemoryTypeDevice */
+    int type; /* cudaMemoryTypeHost or cudaMemoryTypeDevice */
     int device;
 } Piece;
 
-static const u64 CONTEXT = 500ull << 20;  /* what CUDA itself takes of a real card, about */
-static const u64 LARGE = 256ull << 20;    /* copies on the device from this size on would only touch pages */
+static const u64 CONTEXT = 500ull << 20; /* what CUDA itself takes of a real card, about */
+static const u64 LARGE =
+    256ull << 20; /* copies on the device from this size on would only touch pages */
 static Piece *pieces;
 static int n_pieces, room_for_pieces;
-static u64 used, most_used;  /* bytes of device memory */
+static u64 used, most_used; /* bytes of device memory */
 
 static Piece *find(const void *address) {
     for (int i = n_pieces - 1; i >= 0; i--)
-        if ((char *)address >= pieces[i].at && (char *)address < pieces[i].at + pieces[i].size) return pieces + i;
+        if ((char *)address >= pieces[i].at && (char *)address < pieces[i].at + pieces[i].size)
+            return pieces + i;
     return NULL;
 }
 
@@ -200,9 +226,13 @@ EXPORT cudaError_t cudaMalloc(void **address, size_t asked) {
         count_locked("memory refused", size);
         error = cudaErrorMemoryAllocation;
     } else {
-        *address = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        *address = mmap(NULL, size, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (*address == MAP_FAILED) {
-            fprintf(stderr, "nullgpu: this machine refuses %llu bytes of address space (ulimit -v, vm.overcommit_memory)\n", size);
+            fprintf(stderr,
+                    "nullgpu: this machine refuses %llu bytes of address space (ulimit -v, "
+                    "vm.overcommit_memory)\n",
+                    size);
             count_locked("address space refused", size);
             error = cudaErrorMemoryAllocation;
         } else {
@@ -227,8 +257,12 @@ EXPORT cudaError_t cudaFree(void *address) {
     pthread_mutex_unlock(&lock);
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaMallocAsync(void **address, size_t size, cudaStream_t stream) { return cudaMalloc(address, size); }
-EXPORT cudaError_t cudaFreeAsync(void *address, cudaStream_t stream) { return cudaFree(address); }
+EXPORT cudaError_t cudaMallocAsync(void **address, size_t size, cudaStream_t stream) {
+    return cudaMalloc(address, size);
+}
+EXPORT cudaError_t cudaFreeAsync(void *address, cudaStream_t stream) {
+    return cudaFree(address);
+}
 EXPORT cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
     if (posix_memalign(address, 4096, size ? size : 1)) return fail(cudaErrorMemoryAllocation);
     pthread_mutex_lock(&lock);
@@ -247,7 +281,9 @@ EXPORT cudaError_t cudaFreeHost(void *address) {
     return cudaSuccess;
 }
 /* For observe.py: the most that was held at once. */
-EXPORT u64 nullgpu_peak_memory(void) { return most_used; }
+EXPORT u64 nullgpu_peak_memory(void) {
+    return most_used;
+}
 EXPORT cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
     *total = card.memory;
     *available = card.memory > used + CONTEXT ? card.memory - used - CONTEXT : 0;
@@ -259,16 +295,18 @@ int describe_address(const void *address, int *device) {
     *device = found ? found->device : -2;
     return found ? found->type : cudaMemoryTypeUnregistered;
 }
-EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes, const void *address) {
+EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *attributes,
+                                            const void *address) {
     memset(attributes, 0, sizeof *attributes);
     pthread_mutex_lock(&lock);
     attributes->type = describe_address(address, &attributes->device);
     pthread_mutex_unlock(&lock);
-    if (attributes->type != cudaMemoryTypeUnregistered) attributes->devicePointer = attributes->hostPointer = (void *)address;
+    if (attributes->type != cudaMemoryTypeUnregistered)
+        attributes->devicePointer = attributes->hostPointer = (void *)address;
     return cudaSuccess;
 }
 
-/* ----------------------------------------------------------------------------------------------------------- copies */
+/* --------------------------------------------------------------------------------------- copies */
 
 const char *name_of_place(const void *address) {
     Piece *found = find(address);
@@ -284,25 +322,31 @@ static void copy(void *to, const void *from, size_t size) {
     snprintf(line, sizeof line, "copy %s -> %s", name_of_place(from), name_of_place(to));
     count_locked(line, size);
     pthread_mutex_unlock(&lock);
-    if (from_device && !to_device && size <= 16) memset(to, 0, size);  /* a scalar (.item()) was computed: zero, always */
-    else if (!from_device || !to_device || size < LARGE) memmove(to, from, size);
+    if (from_device && !to_device && size <= 16)
+        memset(to, 0, size); /* a scalar (.item()) was computed: zero, always */
+    else if (!from_device || !to_device || size < LARGE)
+        memmove(to, from, size);
 }
 EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
     copy(to, from, size);
     waited("wait for a copy");
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind, cudaStream_t stream) {
+EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size,
+                                   enum cudaMemcpyKind kind, cudaStream_t stream) {
     copy(to, from, size);
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, int b, const void *from, int a, size_t size, cudaStream_t stream) {
+EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, int b, const void *from, int a, size_t size,
+                                       cudaStream_t stream) {
     copy(to, from, size);
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
-                                     size_t height, enum cudaMemcpyKind kind, cudaStream_t stream) {
-    for (size_t row = 0; row < height; row++) copy((char *)to + row * to_pitch, (char *)from + row * from_pitch, width);
+EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                                     size_t width, size_t height, enum cudaMemcpyKind kind,
+                                     cudaStream_t stream) {
+    for (size_t row = 0; row < height; row++)
+        copy((char *)to + row * to_pitch, (char *)from + row * from_pitch, width);
     return cudaSuccess;
 }
 
@@ -324,45 +368,64 @@ EXPORT cudaError_t cudaMemsetAsync(void *address, int value, size_t size, cudaSt
     fill(address, value, size);
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaMemset(void *address, int value, size_t size) { return cudaMemsetAsync(address, value, size, NULL); }
+EXPORT cudaError_t cudaMemset(void *address, int value, size_t size) {
+    return cudaMemsetAsync(address, value, size, NULL);
+}
 
-/* ----------------------------------------------------------------------------------------------- streams and events */
+/* --------------------------------------------------------------------------- streams and events */
 
-typedef struct { char room[64]; } Handle;  /* what a handle points to is never looked at */
+typedef struct {
+    char room[64];
+} Handle; /* what a handle points to is never looked at */
 
 static cudaError_t new_handle(void **handle) {
     *handle = calloc(1, sizeof(Handle));
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaStreamCreate(cudaStream_t *stream) { return new_handle((void **)stream); }
-EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) { return new_handle((void **)stream); }
-EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
+EXPORT cudaError_t cudaStreamCreate(cudaStream_t *stream) {
     return new_handle((void **)stream);
 }
-EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) { *priority = 0; return cudaSuccess; }
-EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus *status) {
+EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned flags) {
+    return new_handle((void **)stream);
+}
+EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags,
+                                                int priority) {
+    return new_handle((void **)stream);
+}
+EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
+    *priority = 0;
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t stream,
+                                         enum cudaStreamCaptureStatus *status) {
     *status = cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCaptureStatus *status, u64 *id,
+EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream,
+                                            enum cudaStreamCaptureStatus *status, u64 *id,
                                             cudaGraph_t *graph, const cudaGraphNode_t **nodes,
                                             const cudaGraphEdgeData **edges, size_t *n) {
     *status = cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
 
-typedef struct { u64 issued; } Event;  /* kernels that were queued when it was recorded */
+typedef struct {
+    u64 issued;
+} Event; /* kernels that were queued when it was recorded */
 
 EXPORT cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
     *event = calloc(1, sizeof(Event));
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) { return cudaEventCreateWithFlags(event, 0); }
+EXPORT cudaError_t cudaEventCreate(cudaEvent_t *event) {
+    return cudaEventCreateWithFlags(event, 0);
+}
 EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
     ((Event *)event)->issued = issued();
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream,
+                                            unsigned flags) {
     return cudaEventRecord(event, stream);
 }
 EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
@@ -370,27 +433,41 @@ EXPORT cudaError_t cudaEventDestroy(cudaEvent_t event) {
     return cudaSuccess;
 }
 /* All candidates of an autotuning take the same time: the first one is chosen. */
-EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) { *ms = 0.02f; return cudaSuccess; }
-
-EXPORT cudaError_t cudaDeviceSynchronize(void) { waited("wait for the device"); return cudaSuccess; }
-EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) { waited("wait for a stream"); return cudaSuccess; }
-/* A wait with other kernels queued behind the event leaves the device busy, so it costs nothing. */
-EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-    if (((Event *)event)->issued == issued()) waited("wait for an event");
-    else count("late wait for an event", 0);
+EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
+    *ms = 0.02f;
     return cudaSuccess;
 }
 
-/* --------------------------------------------------------------------------------------------------------- launches */
+EXPORT cudaError_t cudaDeviceSynchronize(void) {
+    waited("wait for the device");
+    return cudaSuccess;
+}
+EXPORT cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+    waited("wait for a stream");
+    return cudaSuccess;
+}
+/* A wait with other kernels queued behind the event leaves the device busy, so it costs nothing. */
+EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (((Event *)event)->issued == issued()) waited("wait for an event");
+    else
+        count("late wait for an event", 0);
+    return cudaSuccess;
+}
+
+/* ------------------------------------------------------------------------------------- launches */
 
 typedef struct {
-    const void *host;  /* the function that stands for the kernel on the host */
-    const char *name;  /* mangled */
+    const void *host; /* the function that stands for the kernel on the host */
+    const char *name; /* mangled */
 } Kernel;
 
 static Kernel *kernels;
 static int n_kernels, room_for_kernels, n_sorted;
-static __thread struct { dim3 grid, block; size_t shared; void *stream; } pushed;  /* of kernel<<<...>>>(...) */
+static __thread struct {
+    dim3 grid, block;
+    size_t shared;
+    void *stream;
+} pushed; /* of kernel<<<...>>>(...) */
 
 EXPORT void **__cudaRegisterFatBinary(void *image) {
     static void *handle[4];
@@ -398,10 +475,13 @@ EXPORT void **__cudaRegisterFatBinary(void *image) {
 }
 EXPORT void __cudaRegisterFatBinaryEnd(void **handle) {}
 EXPORT void __cudaUnregisterFatBinary(void **handle) {}
-EXPORT char __cudaInitModule(void **handle) { return 0; }
-EXPORT void __cudaRegisterVar(void **handle, char *host, char *device, const char *name, int a, size_t b, int c, int d) {}
-EXPORT void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name, int limit, void *a,
-                                   void *b, void *c, void *d, int *e) {
+EXPORT char __cudaInitModule(void **handle) {
+    return 0;
+}
+EXPORT void __cudaRegisterVar(void **handle, char *host, char *device, const char *name, int a,
+                              size_t b, int c, int d) {}
+EXPORT void __cudaRegisterFunction(void **handle, const char *host, char *device, const char *name,
+                                   int limit, void *a, void *b, void *c, void *d, int *e) {
     if (n_kernels == room_for_kernels) {
         room_for_kernels = 2 * room_for_kernels + 4096;
         kernels = realloc(kernels, room_for_kernels * sizeof *kernels);
@@ -426,22 +506,26 @@ static const char *name_of(const void *host) {
     return found ? found->name : "unknown";
 }
 
-/* Counts a launch, or refuses it as the card would. elements: what an element-wise kernel works on, -1: not known. */
-cudaError_t check_launch(const char *kernel, dim3 grid, dim3 block, size_t shared, double elements) {
+/* Counts a launch, or refuses it as the card would. elements: what an element-wise kernel works on,
+ * -1: not known. */
+cudaError_t check_launch(const char *kernel, dim3 grid, dim3 block, size_t shared,
+                         double elements) {
     char line[4096];
     u64 threads = (u64)block.x * block.y * block.z;
     u64 blocks = (u64)grid.x * grid.y * grid.z;
-    int refused = !blocks || grid.x > INT32_MAX || grid.y > GRID_DEPTH || grid.z > GRID_DEPTH || !threads ||
-                  threads > THREADS_PER_BLOCK || block.z > BLOCK_DEPTH || shared > (size_t)card.shared_per_block;
+    int refused = !blocks || grid.x > INT32_MAX || grid.y > GRID_DEPTH || grid.z > GRID_DEPTH ||
+                  !threads || threads > THREADS_PER_BLOCK || block.z > BLOCK_DEPTH ||
+                  shared > (size_t)card.shared_per_block;
     if (refused) {
-        snprintf(line, sizeof line, "refused launch %s grid %u,%u,%u block %u,%u,%u shared %zu", kernel, grid.x, grid.y,
-                 grid.z, block.x, block.y, block.z, shared);
+        snprintf(line, sizeof line, "refused launch %s grid %u,%u,%u block %u,%u,%u shared %zu",
+                 kernel, grid.x, grid.y, grid.z, block.x, block.y, block.z, shared);
         fprintf(stderr, "nullgpu: %s\n", line);
         count(line, 0);
         return fail(cudaErrorInvalidConfiguration);
     }
     issue();
-    snprintf(line, sizeof line, "kernel %s grid %u,%u,%u%s", kernel, grid.x, grid.y, grid.z, elements < 0 ? "" : " elements");
+    snprintf(line, sizeof line, "kernel %s grid %u,%u,%u%s", kernel, grid.x, grid.y, grid.z,
+             elements < 0 ? "" : " elements");
     count(line, elements < 0 ? blocks : elements);
     return cudaSuccess;
 }
@@ -453,7 +537,8 @@ EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared
     pushed.stream = stream;
     return 0;
 }
-EXPORT cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared, void *stream) {
+EXPORT cudaError_t __cudaPopCallConfiguration(dim3 *grid, dim3 *block, size_t *shared,
+                                              void *stream) {
     *grid = pushed.grid;
     *block = pushed.block;
     *shared = pushed.shared;
@@ -464,19 +549,22 @@ EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *host) {
     *kernel = (cudaKernel_t)host;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaLaunchKernel(const void *host, dim3 grid, dim3 block, void **arguments, size_t shared,
-                                    cudaStream_t stream) {
+EXPORT cudaError_t cudaLaunchKernel(const void *host, dim3 grid, dim3 block, void **arguments,
+                                    size_t shared, cudaStream_t stream) {
     const char *name = name_of(host);
-    /* All of PyTorch's element-wise kernels have the number of elements, an int, as their first parameter. */
+    /* All of PyTorch's element-wise kernels have the number of elements, an int, as their first
+     * parameter. */
     int elementwise = strstr(name, "elementwise_kernel") && arguments && arguments[0];
     return check_launch(name, grid, block, shared, elementwise ? *(int *)arguments[0] : -1);
 }
-EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments, size_t shared,
-                                      cudaStream_t stream) {
+EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void **arguments,
+                                      size_t shared, cudaStream_t stream) {
     return cudaLaunchKernel(kernel, grid, block, arguments, shared, stream);
 }
-EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *launch, const void *host, void **arguments) {
-    return cudaLaunchKernel(host, launch->gridDim, launch->blockDim, arguments, launch->dynamicSmemBytes, launch->stream);
+EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *launch, const void *host,
+                                       void **arguments) {
+    return cudaLaunchKernel(host, launch->gridDim, launch->blockDim, arguments,
+                            launch->dynamicSmemBytes, launch->stream);
 }
 
 EXPORT cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *host) {
@@ -487,8 +575,8 @@ EXPORT cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, 
     attributes->ptxVersion = attributes->binaryVersion = card.compute;
     return cudaSuccess;
 }
-EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *host, int threads,
-                                                                          size_t shared, unsigned flags) {
+EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
+    int *blocks, const void *host, int threads, size_t shared, unsigned flags) {
     *blocks = 2;
     return cudaSuccess;
 }
@@ -498,8 +586,11 @@ EXPORT cudaError_t cudaGetSymbolAddress(void **address, const void *symbol) {
     return cudaSuccess;
 }
 
-static u64 nothing(void) { return 0; }
-EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version, u64 flags,
+static u64 nothing(void) {
+    return 0;
+}
+EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function,
+                                                    unsigned version, u64 flags,
                                                     enum cudaDriverEntryPointQueryResult *result) {
     *function = dlsym(RTLD_DEFAULT, name);
     if (!*function) *function = nothing;
