@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 VERBS = {
     "verify": "read logs and record folders; do they support their claim?",
-    "judge": "run a trainer and compare: is it causal, does it validate in full, is its clock honest?",
+    "judge": "run a trainer and compare: is it causal, is its validation whole, its clock honest?",
     "race": "run trainers in turn, paired: is one of them faster?",
     "submit": "make a record folder from logs",
     "board": "write the leaderboards from the record folders",
@@ -25,6 +25,7 @@ VERBS = {
 MEASUREMENTS = {
     "vs_nanogpt": "the laptop run against nanoGPT's CPU recipe, on the same bytes",
     "step_share": "what a step costs beside forward, backward and update",
+    "cost": "minutes on some cards, estimated from tokens and operations per token",
     "loader_speed": "tokens per second that the loader delivers",
 }
 
@@ -59,4 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,4 +1,5 @@
-"""records/tools/logs.py: every log format there is, written here by hand, and everything that can be wrong with a file."""
+"""records/tools/logs.py: every log format there is, written here by hand, and everything that can
+be wrong with a file."""
 
 import hashlib
 import json
@@ -10,6 +11,7 @@ import pytest
 
 from records.tools import command, logs
 from records.tools.logs import read_log
+from records.tools.tracks import TRACKS
 
 SOURCE = '"""A trainer.\n\nstep:1/40 is how a line looks\n"""\nimport torch\nprint("=" * 100)\n'
 LINE = "=" * 100 + "\n"
@@ -29,10 +31,11 @@ def our_log(
     step_ms=10.25,
     val_every=10,
 ) -> str:
-    """The text of a log as train_gpt.py writes it. config, result, header: changes to single fields."""
+    """The text of a log as train_gpt.py writes it. config, result, header: changes to single
+    fields."""
     loss = 1.49 + 0.0011 * (seed % 7) if loss is None else loss
     sha = hashlib.sha256(source.encode()).hexdigest()
-    data = logs.TRACKS["laptop"]["files"] if data is None else data
+    data = TRACKS["laptop"].files if data is None else data
     config = dict(
         dict(
             preset="laptop",
@@ -41,6 +44,8 @@ def our_log(
             target=TARGET,
             log_dir="logs",
             batch_tokens=BATCH,
+            vocab_size=257,
+            val_every=val_every,
             val_tokens=VAL_TOKENS,
             lr_muon=0.02,
         ),
@@ -72,7 +77,11 @@ def our_log(
 
     def step_line(step, kind, value):
         ms = step * step_ms + 0.1 * seed
-        return f"step:{step}/{steps} {kind}_loss:{value:.4f} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms\n"
+        average = ms / max(step, 1)
+        return (
+            f"step:{step}/{steps} {kind}_loss:{value:.4f} "
+            f"train_time:{ms:.0f}ms step_avg:{average:.2f}ms\n"
+        )
 
     for step in range(steps + 1):
         current = 5.5 + (loss - 5.5) * step / steps
@@ -127,8 +136,8 @@ def test_our_log(tmp_path):
     assert run.source_sha256 == hashlib.sha256(
         SOURCE.encode()
     ).hexdigest() and run.source_bytes == len(SOURCE)
-    assert run.config["lr_muon"] == 0.02 and run.seed == 3 and run.batch_tokens == BATCH
-    assert run.data == logs.TRACKS["laptop"]["files"] and run.result["tokens"] == STEPS * BATCH
+    assert run.config["lr_muon"] == 0.02 and run.seed == 3 and run.tokens(40) == 40 * BATCH
+    assert run.data == TRACKS["laptop"].files and run.result["tokens"] == STEPS * BATCH
     assert run.header["cpu"] == "a cpu, 2 threads" and run.header["argv"] == "--seed 3"
     assert [step for step, _, _ in run.val] == [
         0,
@@ -140,8 +149,45 @@ def test_our_log(tmp_path):
     assert run.val_loss == 1.4933 and run.train_time == 410.0
 
 
+@pytest.mark.parametrize(
+    "value, steps, tokens",
+    [
+        (10, 7, [0, 10, 20, 30, 40, 50, 60, 70]),
+        ([10], 2, [0, 10, 20]),
+        ([1, 10], 5, [0, 1, 2, 3, 13, 23]),  # stage of step s: s * 2 // 5
+        ([1, 10, 100], 3, [0, 1, 11, 111]),
+        ([1, 10, 100], 2, [0, 1, 11]),  # more stages than steps: steps 0 and 1 are in 0 and 1
+        ([1, 10, 100], 7, [0, 1, 2, 3, 13, 23, 123, 223]),
+        ("many", 7, None),
+        ([], 7, None),
+        ([1, None], 7, None),
+        (10, None, None),
+        (10, 2.5, None),
+    ],
+)
+def test_tokens_by_schedule(value, steps, tokens):
+    run = logs.Run("x", config=dict(batch_tokens=value, steps=steps))
+    if tokens is None:
+        assert run.tokens(1) is None
+    else:
+        assert [run.tokens(step) for step in range(steps + 1)] == tokens
+        stages = value if isinstance(value, list) else [value]
+        each = [stages[s * len(stages) // steps] for s in range(steps)]
+        assert run.tokens(steps) == sum(each)
+
+
+def test_training_lines_for_pictures(tmp_path):
+    """About 500 of a long log, all of a thinned one."""
+    line = "step:{0}/5000 train_loss:3.1 train_time:{0}ms step_avg:1.00ms\n".format
+    run = one(tmp_path, public([line(step) for step in range(1, 5001)]))
+    assert 490 <= len(run.train) <= 501 and run.train[-1][0] > 4900
+    run = one(tmp_path, public([line(step) for step in range(7, 5001, 103)]))
+    assert [step for step, _, _ in run.train] == list(range(7, 5001, 103))
+
+
 def test_source_names(tmp_path):
-    """The hash is that of the file, whether or not it ends in a newline, and a record's log only claims it."""
+    """The hash is that of the file, whether or not it ends in a newline, and a record's log only
+    claims it."""
     bare = SOURCE.rstrip("\n")
     sha = hashlib.sha256(bare.encode()).hexdigest()
     text = our_log(source=bare).replace(bare + LINE, bare + "\n" + LINE)
@@ -192,12 +238,12 @@ NEW = [
 ]
 SECONDS = [
     "step:0/40 val_loss:10.82584 train_time:0.001s step_avg:nanms\n",
-    "step:20/40 val_loss:4.66393 train_time:2.870s step_avg:143.50ms\n",  # since the last validation
+    "step:20/40 val_loss:4.66393 train_time:2.870s step_avg:143.50ms\n",  # since it last
     "step:40/40 val_loss:3.27830 train_time:4.704s step_avg:91.70ms\n",
 ]
 EXTRA = [
     "step:20/40 val_loss:3.9 val_ema_loss:3.8 train_time:4.1s step_avg:205.00ms\n",
-    "step:40/40 val_loss:3.2783 alpha:1e-3 train_time:8.200s step_avg:205.00ms extrap:3 handoff:none\n",
+    "step:40/40 val_loss:3.2783 alpha:1e-3 train_time:8.200s step_avg:205.00ms extrap:3 h:n\n",
 ]
 PUBLIC = {
     "2024": public(OLD, opening=LINE, closing="peak memory consumption: 29 MiB\n"),
@@ -348,7 +394,8 @@ def test_memory_does_not_grow(tmp_path, monkeypatch):
 
 
 def test_speed(tmp_path):
-    """1,000 public logs of 200 KB in 10 s of one core: here 40, in three times their share: it may be busy."""
+    """1,000 public logs of 200 KB in 10 s of one core: here 40, in three times their share: it may
+    be busy."""
     lines = [
         f"step:{s}/2600 train_loss:3.{s:04d} train_time:{s * 90}ms step_avg:90.00ms\n"
         for s in range(1, 2601)

@@ -1,4 +1,5 @@
-"""What the method studies share: a run of the repository's trainer inside this process, tables and pictures."""
+"""What the method studies share: a run of the repository's trainer inside this process, tables and
+pictures."""
 
 import csv
 import dataclasses
@@ -27,7 +28,7 @@ SMALL = dataclasses.replace(
     lr_floor=0.0,
     momentum_warmup=60,
     seq_len=128,
-    batch_tokens=2048,
+    batch_tokens=(2048,),
     val_tokens=32768,
     steps=200,
     val_every=0,
@@ -44,7 +45,7 @@ class Recorder:
     def __init__(self):
         self.train, self.val = {}, {}  # {step: loss}
 
-    def step(self, step, steps, kind, loss, ms):
+    def loss(self, step, steps, kind, loss, ms):
         getattr(self, kind)[step] = loss
 
     def line(self, text, echo=False): ...
@@ -52,49 +53,41 @@ class Recorder:
 
 
 def build(config, methods=None) -> tg.Run:
-    """A run before its first step, as train() builds it; methods: instead of those that the config asks for."""
+    """A run before its first step, as train() builds it; methods: classes, instead of those that
+    the config asks for."""
     config = tg.resolve(config, ALONE.device)
-    model = tg.GPT(config)
-    tg.init_weights(model, config)
-    methods = (
-        tg.make_methods(config, lambda *a, **k: None)
-        if methods is None
-        else [method(config) for method in methods]
-    )
-    for method in methods:
-        method.attach(model)
-    return tg.Run(
-        config,
-        ALONE,
-        model,
-        methods,
-        tg.make_optimizers(model, config, ALONE, methods),
-        tg.Clock(ALONE.device),
-        Recorder(),
-    )
+    torch.manual_seed(config.seed)
+    chosen = tg.make_methods(config) if methods is None else [made(config) for made in methods]
+    run = tg.Run(config, ALONE, tg.GPT(config), chosen)
+    for method in run.methods:
+        method.attach(run.model)
+    run.optimizers = tg.make_optimizers(run)
+    rows = [tokens // config.seq_len for tokens in config.batch_tokens]
+    run.micro = {row: row for row in rows}
+    run.clock, run.log = tg.Clock(ALONE.device), Recorder()
+    return run
 
 
 def data(config):
     """(training batches, validation shards) of a config."""
     try:
-        return tg.Batches(tg.Shards(config.train_files, "train_files"), config), tg.Shards(
-            config.val_files, "val_files"
-        )
+        shards = tg.Shards(config.train_files, "train_files", config.seq_len)
+        return tg.Batches(shards, config), tg.Shards(config.val_files, "val_files", config.seq_len)
     except tg.UserError as error:
-        raise SystemExit(
-            f"{Path(sys.argv[0]).name}: {error}; here: python data/laptop.py"
-        ) from None
+        name = Path(sys.argv[0]).name
+        raise SystemExit(f"{name}: {error}; here: python data/laptop.py") from None
 
 
 def train(config, methods=None, watch=None) -> tg.Run:
-    """A whole run in the trainer's own loop; losses in run.log. watch: a Method whose after_step looks on.
+    """A whole run in the trainer's own loop; losses in run.log. watch: a Method whose after_step
+    looks on.
 
     A run that diverges has the final validation loss nan."""
     run = build(config, methods)
     run.methods += [watch] if watch else []
     batches, val = data(run.config)
     try:
-        tg.training_loop(run, run.model, batches, val, run.config.rows)
+        tg.training_loop(run, batches, val, [])
     except tg.UserError:
         run.log.val[run.config.steps] = math.nan
     return run
@@ -111,7 +104,8 @@ def single_thread():
 
 
 def in_parallel(job, tasks, processes: int) -> list:
-    """[job(task) for task in tasks], by so many processes of one thread each; says how far it is."""
+    """[job(task) for task in tasks], by so many processes of one thread each; says how far it
+    is."""
     results = []
     with multiprocessing.get_context("spawn").Pool(processes, initializer=single_thread) as pool:
         for result in pool.imap(job, tasks):

@@ -1,11 +1,12 @@
-"""LAWA study: does the mean of the last 5 snapshots validate better, and does it pay to train on from it?
+"""LAWA study: does the mean of the last 5 snapshots validate better, and does it pay to train on
+from it?
 
     python records/methods/lawa.py     about 10 minutes on two cores; writes lawa*.csv and lawa.png
 
-At 1, 2 and 4 times all rates, with the rates held constant and with the usual cool-down; snapshots every 2 updates
-(one per cent of the run, the paper's choice), for evaluation also every 8. Averaging for evaluation leaves training
-untouched, so one run gives the raw loss and both evaluation averages.
-"""
+At 1, 2 and 4 times all rates, with the rates held constant and with the usual cool-down; snapshots
+every 2 updates (one per cent of the run, the paper's choice), for evaluation also every 8.
+Averaging for evaluation leaves training untouched, so one run gives the raw loss and both
+evaluation averages."""
 
 import dataclasses
 import itertools
@@ -14,7 +15,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import (
-    ALONE,
     SMALL,
     arguments,
     data,
@@ -44,20 +44,20 @@ class Averages(tg.Method):
     """LAWA windows beside a run that knows nothing of them."""
 
     def __init__(self, config):
-        self.windows = {
-            f"eval, every {n}": tg.LAWA(dataclasses.replace(config, lawa=K, lawa_interval=n))
-            for n in INTERVALS
-        }
+        super().__init__(config)
+        self.windows = {}
+        for n in INTERVALS:
+            window = dataclasses.replace(config, lawa=K, lawa_interval=n)
+            self.windows[f"eval, every {n}"] = tg.LAWA(window)
         self.val, self.losses = data(config)[1], {}
 
     def after_step(self, step, run):
         for name, lawa in self.windows.items():
             lawa.after_step(step, run)
             if step % EVERY == 0:
-                with lawa.eval_weights(run.model):
-                    self.losses[name, step] = tg.evaluate(
-                        run.model, self.val, run.config, ALONE, run.config.rows
-                    )
+                raw = tg.swap(run.model, lawa.eval_weights(run.model))
+                self.losses[name, step] = tg.evaluate(run, self.val)
+                tg.swap(run.model, raw)
 
 
 def run_one(task: dict) -> list[dict]:
@@ -97,7 +97,7 @@ def report():
     rows, table = read_csv("lawa_losses.csv"), []
     made, axes = figure(2, 3)
     modes = ["raw", *(f"eval, every {n}" for n in INTERVALS), "replace, every 2"]
-    for axis, (cooldown, factor) in zip(axes, itertools.product(COOLDOWNS, FACTORS)):
+    for axis, (cooldown, factor) in zip(axes, itertools.product(COOLDOWNS, FACTORS), strict=False):
         for number, mode in enumerate(modes):
             mine = [
                 r
@@ -110,7 +110,7 @@ def report():
                 for step in sorted({r["step"] for r in mine})
             ]
             axis.errorbar(
-                *zip(*points[1:]),
+                *zip(*points[1:], strict=False),
                 label=mode,
                 marker=".",
                 color="k" if mode == "raw" else f"C{number}",
@@ -145,7 +145,8 @@ def report():
     write_csv("lawa.csv", table)
     for row in table:
         print(
-            f"cooldown {row['cooldown']:.2f}  {row['factor']}x  {row['mode']:17} {row['val_loss']:.4f} ± {row['std']:.4f} (n={row['n']})  "
+            f"cooldown {row['cooldown']:.2f}  {row['factor']}x  {row['mode']:17} "
+            f"{row['val_loss']:.4f} ± {row['std']:.4f} (n={row['n']})  "
             f"against raw {row['against_raw']:+.4f} ± {row['against_raw_std']:.4f}"
         )
 

@@ -1,14 +1,16 @@
-"""Memory study: bytes of weights, gradients and optimizer state, from live tensors and for the GaLore paper's models.
+"""Memory study: bytes of weights, gradients and optimizer state, from live tensors and for the
+GaLore paper's models.
 
-    python records/methods/memory.py     about 3 minutes; 6 GB of memory; writes memory_*.csv and memory.png
+    python records/methods/memory.py     3 minutes; 6 GB of memory; writes memory_*.csv, memory.png
 
-Live: one update of the laptop and gpt2_small presets. An optimizer's gradient buffers live as long as it does;
-with per-layer updates the peak is taken as each gradient arrives, before it is freed. For gpt2_small the projection is
-a random one and Newton-Schulz is left out: sizes do not depend on values, and both take minutes on a CPU.
+Live: one update of the laptop and gpt2_small presets. An optimizer's gradient buffers live as long
+as it does; with per-layer updates the peak is taken as each gradient arrives, before it is freed.
+For gpt2_small the projection is a random one and Newton-Schulz is left out: sizes do not depend on
+values, and both take minutes on a CPU.
 
-Shapes: the LLaMA models of arXiv 2403.03507 (configs of its public code), untied head, vocabulary 32,000. Their bytes come
-from the formula in state_floats, which is first checked against this trainer's live tensors on all 60M shapes.
-"""
+Shapes: the LLaMA models of arXiv 2403.03507 (configs of its public code), untied head, vocabulary
+32,000. Their bytes come from the formula in state_floats, which is first checked against this
+trainer's live tensors on all 60M shapes."""
 
 import dataclasses
 import sys
@@ -56,7 +58,7 @@ def measure(preset: str, name: str, fields: dict) -> dict:
     config = dataclasses.replace(
         tg.PRESETS[preset],
         seq_len=64,
-        batch_tokens=64,
+        batch_tokens=(64,),
         val_tokens=64,
         steps=100,
         device="cpu",
@@ -81,11 +83,10 @@ def measure(preset: str, name: str, fields: dict) -> dict:
         rows = torch.randint(
             config.vocab_size, (1, config.seq_len + 1), generator=tg.seeded("memory")
         )
-        for step in range(1 + bool(config.relora)):
+        for _step in range(1 + bool(config.relora)):
             gradients = 0
-            tg.forward_backward(
-                run.model, rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), 1, 1
-            )
+            tg.set_stage(run)
+            tg.forward_backward(run, *tg.split(rows, ALONE.device))
             look(run)
             tg.update(run)
             run.step += 1
@@ -115,15 +116,13 @@ def live() -> list[dict]:
         measure("laptop", name, fields | dict(n_layer=4, ngram=0, normuon=0.0))
         for name, fields in variants(32).items()
     ]
-    svd, newton_schulz = torch.linalg.svd, tg.newton_schulz
+    eigh, newton_schulz = torch.linalg.eigh, tg.newton_schulz
 
-    def too_slow(*args, **kwargs):
-        raise torch.linalg.LinAlgError("left out")
+    def any_basis(a):
+        return None, torch.eye(a.size(-1)).expand_as(a)
 
-    torch.linalg.svd, tg.newton_schulz = (
-        too_slow,
-        lambda g, dtype: g,
-    )  # GaLore then takes a random projection
+    # The sizes are the same, and these two would take minutes
+    torch.linalg.eigh, tg.newton_schulz = any_basis, lambda g, dtype: g
     try:
         names = variants(128) | {
             "GaLore 64": dict(galore=64, galore_inner="adam"),
@@ -132,7 +131,7 @@ def live() -> list[dict]:
         for name, fields in names.items():
             rows.append(measure("gpt2_small", name, fields))
     finally:
-        torch.linalg.svd, tg.newton_schulz = svd, newton_schulz
+        torch.linalg.eigh, tg.newton_schulz = eigh, newton_schulz
     return rows
 
 
@@ -143,7 +142,8 @@ def shapes(model: str) -> tuple[list, list]:
 
 
 def state_floats(model: str, rank: int) -> tuple[int, int]:
-    """(entries of projections, entries of moments): a hidden m x n matrix has min r and 2 max r, any other weight 0 and 2."""
+    """(entries of projections, entries of moments): a hidden m x n matrix has min r and 2 max r,
+    any other weight 0 and 2."""
     hidden, others = shapes(model)
     return (
         sum(count * min(m, n) * rank for count, m, n in hidden),
@@ -153,59 +153,48 @@ def state_floats(model: str, rank: int) -> tuple[int, int]:
 
 
 def check_formula(model: str = "60M"):
-    """The formula against live tensors: one update of every matrix of a model, full Adam and GaLore, 32 and 8 bits."""
+    """The formula against live tensors: one update of every matrix of a model, full Adam and
+    GaLore, 32 and 8 bits."""
     hidden, others = shapes(model)
-    rank, svd = LLAMA[model][3], torch.linalg.svd
-
-    def orthonormal(g, full_matrices):
-        return (
-            torch.linalg.qr(torch.randn_like(g if g.size(-2) >= g.size(-1) else g.mT))[0],
-            None,
-            torch.eye(g.size(-1)).expand(len(g), -1, -1),
-        )
-
+    rank, eigh = LLAMA[model][3], torch.linalg.eigh
+    projections, moments = state_floats(model, rank)
+    small = sum(2 * count * m * n for count, m, n in others)
+    low_moments = moments - small
     for bits in (32, 8):
-        method, measured = (
-            tg.GaLore(
-                dataclasses.replace(tg.PRESETS["laptop"], galore=rank, galore_bits=bits), print
-            ),
-            0,
-        )
-        torch.linalg.svd = orthonormal
+        config = dataclasses.replace(tg.PRESETS["laptop"], galore=rank, galore_bits=bits)
+        run = tg.Run(config, ALONE, None, [])
+        method, measured = tg.GaLore(config), 0
+        torch.linalg.eigh = lambda a: (None, torch.eye(a.size(-1)).expand_as(a))
         try:
             for count, m, n in hidden + others:
                 low = (count, m, n) in hidden
                 named = {str(i): torch.nn.Parameter(torch.zeros(m, n)) for i in range(count)}
-                optimizer = (method.optimizers["adam"] if low else tg.Adam)(
-                    named, 0.1, (m, n) if low else (), method.config, ALONE
-                )
+                rule = method.optimizers["adam"] if low else tg.Adam
+                optimizer = rule(named, 0.1, (m, n) if low else (), run)
                 optimizer.method = method if low else optimizer.method
                 optimizer.grads.normal_()
                 optimizer.step()
                 measured += sum(t.nbytes for t in optimizer.state.values())
         finally:
-            torch.linalg.svd = svd
-        projections, moments = state_floats(model, rank)
-        small = sum(2 * count * m * n for count, m, n in others)
-        low_moments = moments - small
-        expected = 4 * (projections + small) + (
-            4 * low_moments if bits == 32 else low_moments + 4 * low_moments // 256
-        )
+            torch.linalg.eigh = eigh
+        packed = 4 * low_moments if bits == 32 else low_moments + 4 * low_moments // rank
+        expected = 4 * (projections + small) + packed
         print(f"{model}, {bits} bit: live {measured:,} bytes, formula {expected:,}")
         assert measured == expected
 
 
 def paper() -> list[dict]:
-    """Bytes per part for each model; the columns are the readings of the paper's claims, and this trainer."""
+    """Bytes per part for each model; the columns are the readings of the paper's claims, and this
+    trainer."""
     rows = []
-    for model, (d, ff, layers, rank) in LLAMA.items():
+    for model, (_d, _ff, _layers, rank) in LLAMA.items():
         hidden, others = shapes(model)
         weights = sum(count * m * n for count, m, n in hidden + others)
         projections, moments = state_floats(model, rank)
         small = sum(2 * count * m * n for count, m, n in others)
         largest = max(m * n for _, m, n in hidden + others)
 
-        def row(name, weights, gradients, state):
+        def row(name, weights, gradients, state, model=model, rank=rank):
             new = dict(
                 model=model,
                 rank=rank,
@@ -250,7 +239,7 @@ def paper() -> list[dict]:
             "this trainer: GaLore, 8-bit hidden moments",
             4 * weights,
             4 * weights,
-            4 * (projections + small) + low + 4 * low // 256,
+            4 * (projections + small) + low + 4 * low // rank,
         )
         hidden_largest = max(m * n for _, m, n in hidden)
         row(
@@ -272,12 +261,13 @@ def report():
             ("gpt2_small, live", [r for r in table if r["preset"] == "gpt2_small"]),
             ("LLaMA 7B, formula", [r for r in papers if r["model"] == "7B"]),
         ),
+        strict=False,
     ):
         left = [0.0] * len(rows)
         for part in ("weights", "gradients", "state"):
             sizes = [r[part] / 2**20 if "live" in title else r[part] / 2**30 for r in rows]
             axis.barh(range(len(rows)), sizes, left=left, label=part)
-            left = [a + b for a, b in zip(left, sizes)]
+            left = [a + b for a, b in zip(left, sizes, strict=False)]
         axis.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=6)
         axis.invert_yaxis()
         axis.set(title=title, xlabel="MiB" if "live" in title else "GiB")
@@ -285,13 +275,17 @@ def report():
     save(made, "memory.png")
     for r in table:
         print(
-            f"{r['preset']:10} {r['variant']:32} weights {r['weights'] / 2**20:8.2f}  gradients {r['gradients'] / 2**20:8.2f}  "
-            f"state {r['state'] / 2**20:8.2f}  of it hidden {r['hidden_state'] / 2**20:8.2f}  total {r['total'] / 2**20:8.2f} MiB"
+            f"{r['preset']:10} {r['variant']:32} weights {r['weights'] / 2**20:8.2f}  gradients "
+            f"{r['gradients'] / 2**20:8.2f}  "
+            f"state {r['state'] / 2**20:8.2f}  of it hidden {r['hidden_state'] / 2**20:8.2f}  "
+            f"total {r['total'] / 2**20:8.2f} MiB"
         )
     for r in papers:
         print(
-            f"{r['model']:5} {r['variant']:44} weights {r['weights'] / 1e9:7.3f}  gradients {r['gradients'] / 1e9:7.3f}  state {r['state'] / 1e9:7.3f} "
-            f"({r['state_change']:+.1%})  total {r['total'] / 1e9:7.3f} GB ({r['total_change']:+.1%})"
+            f"{r['model']:5} {r['variant']:44} weights {r['weights'] / 1e9:7.3f}  gradients "
+            f"{r['gradients'] / 1e9:7.3f}  state {r['state'] / 1e9:7.3f} "
+            f"({r['state_change']:+.1%})  total {r['total'] / 1e9:7.3f} GB "
+            f"({r['total_change']:+.1%})"
         )
 
 

@@ -1,11 +1,11 @@
-"""ReLoRA study: full-rank, LoRA and ReLoRA at equal steps, the parts of a restart one by one, and the rank of what was learned.
+"""ReLoRA study: full-rank, LoRA and ReLoRA at equal steps, the parts of a restart one by one, and
+the rank of what was learned.
 
-    python records/methods/relora.py     about 10 minutes on two cores; writes relora*.csv and relora.png
+    python records/methods/relora.py     10 minutes on two cores; writes relora*.csv and relora.png
 
-All matrices train with Adam, so that adapters and weights differ in nothing but their rank. Each of full, LoRA and
-ReLoRA gets the best of four rates (seed 0), then runs with seeds 1 to 3. Without a warm start, as in the paper's
-ablation, all variants use ReLoRA's rate.
-"""
+All matrices train with Adam, so that adapters and weights differ in nothing but their rank. Each of
+full, LoRA and ReLoRA gets the best of four rates (seed 0), then runs with seeds 1 to 3. Without a
+warm start, as in the paper's ablation, all variants use ReLoRA's rate."""
 
 import dataclasses
 import sys
@@ -30,29 +30,51 @@ from common import (
 STEPS, RANK, CYCLE = 200, 8, 40
 BASE = dataclasses.replace(SMALL, matrix_optimizer="adam", steps=STEPS, val_every=20)
 RESTARTS = dict(relora=RANK, relora_interval=CYCLE)
-LORA = dict(relora=RANK, relora_interval=STEPS - 1, relora_rewarm=8)  # never merges
+LORA = dict(relora=RANK, relora_interval=STEPS - 1)  # never merges
 WARM, COLD = dict(relora_warm_start=CYCLE), dict(relora_warm_start=2)
 VARIANTS = {
     "full rank": {},
     "LoRA": LORA | WARM,
-    "ReLoRA": RESTARTS | WARM | dict(relora_rewarm=8),
+    "ReLoRA": RESTARTS | WARM,
     "no warm start: LoRA": LORA | COLD,
-    "no warm start: restarts": RESTARTS | COLD | dict(relora_prune=0.0, relora_rewarm=1),
-    "no warm start: restarts + reset": RESTARTS | COLD | dict(relora_prune=0.99, relora_rewarm=1),
-    "no warm start: restarts + re-warm": RESTARTS | COLD | dict(relora_prune=0.0, relora_rewarm=8),
-    "no warm start: all three": RESTARTS | COLD | dict(relora_prune=0.99, relora_rewarm=8),
-    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(relora_rewarm=8, relora_optimizer="muon"),
+    "no warm start: restarts": RESTARTS | COLD,
+    "no warm start: restarts + reset": RESTARTS | COLD,
+    "no warm start: restarts + re-warm": RESTARTS | COLD,
+    "no warm start: all three": RESTARTS | COLD,
+    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(relora_optimizer="muon"),
 }
+# The parts that a variant leaves out
+KEEPS_MOMENTS = ("no warm start: restarts", "no warm start: restarts + re-warm")
+KEEPS_RATES = ("no warm start: restarts", "no warm start: restarts + reset")
 RATES = [0.004 * 2**n for n in range(4)]  # Adam's
 TUNED = dict.fromkeys(("full rank", "LoRA", "ReLoRA"), RATES) | {
     "ReLoRA, adapters with Muon": [0.01 * 2**n for n in range(4)]
 }
 
 
-class Ranks(tg.Method):
-    """Rank of every adapted matrix's change since it was wrapped, after each merge and at the end."""
+class Parts(tg.ReLoRA):
+    """ReLoRA whose merges leave the adapters' moments as they are."""
 
-    def __init__(self):
+    def after_step(self, step, run):
+        before = [(optimizer, optimizer.steps, optimizer.state) for optimizer in run.optimizers]
+        super().after_step(step, run)
+        for optimizer, steps, state in before:
+            optimizer.steps, optimizer.state = steps, state
+
+
+def lr_without_rewarming(step, c):
+    return LR_AT(step, dataclasses.replace(c, relora=0))
+
+
+LR_AT = tg.lr_at
+
+
+class Ranks(tg.Method):
+    """Rank of every adapted matrix's change since it was wrapped, after each merge and at the
+    end."""
+
+    def __init__(self, config):
+        super().__init__(config)
         self.start, self.rows = {}, []
 
     @torch.no_grad()
@@ -89,16 +111,13 @@ class Ranks(tg.Method):
 
 
 def run_one(task: dict) -> dict:
-    ranks = Ranks()
-    rates = (
-        dict(lr_muon=task["lr"], lr_adam=0.008)
-        if "Muon" in task["variant"]
-        else dict(lr_adam=task["lr"])
-    )  # Adam's: of the warm start
-    run = train(
-        dataclasses.replace(BASE, seed=task["seed"], **rates, **VARIANTS[task["variant"]]),
-        watch=ranks,
-    )
+    ranks, variant = Ranks(BASE), task["variant"]
+    rates = dict(lr_adam=task["lr"])
+    if "Muon" in variant:
+        rates = dict(lr_muon=task["lr"], lr_adam=0.008)  # Adam's: of the warm start
+    config = dataclasses.replace(BASE, seed=task["seed"], **rates, **VARIANTS[variant])
+    tg.lr_at = lr_without_rewarming if variant in KEEPS_RATES else LR_AT
+    run = train(config, [Parts] if variant in KEEPS_MOMENTS else None, watch=ranks)
     return task | dict(val=run.log.val, ranks=ranks.rows)
 
 
@@ -164,7 +183,7 @@ def report():
         for axis in axes[:2]:
             if cold == (axis is axes[1]) or variant == "full rank":
                 axis.errorbar(
-                    *zip(*points[2:]),
+                    *zip(*points[2:], strict=False),
                     label=variant.removeprefix("no warm start: "),
                     color="k" if number == 0 else f"C{number}",
                     marker=".",
@@ -207,7 +226,8 @@ def report():
     write_csv("relora.csv", table)
     for row in table:
         print(
-            f"{row['variant']:36} lr {row['lr']:.3g}  val loss {row['val_loss']:.4f} ± {row['std']:.4f} (n={row['n']})  "
+            f"{row['variant']:36} lr {row['lr']:.3g}  val loss {row['val_loss']:.4f} ± "
+            f"{row['std']:.4f} (n={row['n']})  "
             f"against full rank {row['val_loss'] - full:+.4f}"
         )
     for variant in VARIANTS:

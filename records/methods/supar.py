@@ -1,10 +1,11 @@
-"""SuPar study: does one learning rate hold for all widths and densities, and which rule does Muon need?
+"""SuPar study: does one learning rate hold for all widths and densities, and which rule does Muon
+need?
 
-    python records/methods/supar.py                 about an hour on two cores; writes supar_*.csv and supar_*.png
-    python records/methods/supar.py --part check    only the coordinate check, 5 minutes (or sweep: only the rates)
+    python records/methods/supar.py                 an hour on two cores; writes supar_*.csv, .png
+    python records/methods/supar.py --part check    coordinate check, 5 minutes (or sweep)
 
-standard: the masks alone. muP: and the rules for width. SuPar: and the rules for density. All share masks and data.
-"""
+standard: the masks alone. muP: and the rules for width. SuPar: and the rules for density. All share
+masks and data."""
 
 import dataclasses
 import itertools
@@ -96,7 +97,7 @@ def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config
         n_layer=2,
         n_embd=width,
         n_head=width // 32,
-        batch_tokens=1024,
+        batch_tokens=(1024,),
         val_tokens=16384,
         warmup=5,
         sparsity=1 - density,
@@ -106,7 +107,7 @@ def config_of(width: int, density: float, optimizer: str, **fields) -> tg.Config
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ sweeps
+# ------------------------------------------------------------------------------------------ sweeps
 
 
 def sweep_run(task: dict) -> dict:
@@ -177,7 +178,8 @@ def curves(rows: list[dict], optimizer: str, rule: str) -> dict:
 
 
 def best_rate(points: list[tuple]) -> tuple[float, float, float]:
-    """(rate at the minimum of a parabola through the lowest point and its neighbours in log rate, loss, std)."""
+    """(rate at the minimum of a parabola through the lowest point and its neighbours in log rate,
+    loss, std)."""
     points = [p for p in points if math.isfinite(p[1])]
     i = min(range(len(points)), key=lambda n: points[n][1])
     lr, loss, std, _ = points[i]
@@ -189,10 +191,11 @@ def best_rate(points: list[tuple]) -> tuple[float, float, float]:
 
 
 def ceiling(points: list[tuple], margin: float = 0.05) -> float:
-    """The rate, above the best one, at which the loss is `margin` nats worse than at its best; infinite where the grid ends before."""
+    """The rate, above the best one, at which the loss is `margin` nats worse than at its best;
+    infinite where the grid ends before."""
     lowest = min(p[1] for p in points)
     i = min(range(len(points)), key=lambda n: points[n][1])
-    for (lr, loss, *_), (lr2, loss2, *_) in zip(points[i:], points[i + 1 :]):
+    for (lr, loss, *_), (lr2, loss2, *_) in zip(points[i:], points[i + 1 :], strict=False):
         if loss2 - lowest > margin:
             return lr * (lr2 / lr) ** ((lowest + margin - loss) / (loss2 - loss))
     return math.inf
@@ -203,7 +206,7 @@ def report_sweep():
     for optimizer in RATES:
         names = [rule for rule in RULES if optimizer == "adam" or rule != "muP"]
         made, axes = figure(1, len(names))
-        for axis, rule in zip(axes, names):
+        for axis, rule in zip(axes, names, strict=False):
             for (width, density), points in curves(rows, optimizer, rule).items():
                 style = {1.0: "-", 0.25: "--", 0.0625: ":"}[density]
                 axis.errorbar(
@@ -240,7 +243,8 @@ def report_sweep():
         save(made, f"supar_lr_{optimizer}.png")
     write_csv("supar_best.csv", best)
     print(
-        "optimizer rule      best lr, smallest to largest over the widths and densities; their ratio; the same of the rate that costs 0.05 nats; "
+        "optimizer rule      best lr, smallest to largest over the widths and densities; their "
+        "ratio; the same of the rate that costs 0.05 nats; "
         "cost of the base model's rate elsewhere"
     )
     for optimizer, rule in itertools.product(RATES, RULES):
@@ -263,28 +267,31 @@ def report_sweep():
                 math.nan,
             )
             print(
-                f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  x{max(rates) / min(rates):.1f}, {min(rates) / tuned:.2f} .. "
-                f"{max(rates) / tuned:.2f} of the base model's   {min(tops):.4g} .. {max(tops):.4g}  "
+                f"{optimizer:9} {rule:9} {min(rates):.4g} .. {max(rates):.4g}  "
+                f"x{max(rates) / min(rates):.1f}, {min(rates) / tuned:.2f} .. "
+                f"{max(rates) / tuned:.2f} of the base model's   {min(tops):.4g} .. "
+                f"{max(tops):.4g}  "
                 f"x{max(tops) / min(tops):.1f}   mean {sum(costs) / len(costs):.4f}, "
                 f"worst {max(costs):.4f}"
             )
 
 
-# --------------------------------------------------------------------------------------------------- coordinate check
+# -------------------------------------------------------------------------------- coordinate check
 
 
 def check_run(task: dict) -> list[dict]:
-    """Per step, geometric means over the hidden matrices: mean |output|, RMS of what their changed weights add to it, RMS of its whole change."""
+    """Per step, geometric means over the hidden matrices: mean |output|, RMS of what their changed
+    weights add to it, RMS of its whole change."""
     optimizer, steps = task["optimizer"], task["steps"]
     config = config_of(
         task["width"], task["density"], optimizer, steps=100, seed=task["seed"], zero_init=False
     )
     config = dataclasses.replace(
-        config, n_layer=1 if task["width"] > 512 else 2, warmup=0, momentum_warmup=0, cooldown=0.0
+        config, n_layer=1 if task["width"] > 512 else 2, warmup=0, momentum_warmup=1, cooldown=0.0
     )
     run = build(config, [rules(task["rule"], task["power"], task["mask_first"])])
     batches, _ = data(run.config)
-    fixed = torch.from_numpy(batches.batch_at(1000).astype("int64"))
+    fixed = batches.batch_at(config.steps - 1)  # never trained on here
     layers = {name: m for name, m in run.model.blocks.named_modules() if isinstance(m, tg.Linear)}
     start, seen, rows = {name: m.weight.detach().clone() for name, m in layers.items()}, {}, []
     for name, layer in layers.items():
@@ -301,10 +308,7 @@ def check_run(task: dict) -> list[dict]:
 
     first = look()
     for step in range(1, steps + 1):
-        tokens = torch.from_numpy(batches.batch_at(step).astype("int64"))
-        tg.forward_backward(
-            run.model, tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), config.rows, 1
-        )
+        tg.forward_backward(run, *tg.split(batches.batch_at(step), run.runtime.device))
         tg.update(run)
         now = look()
         sizes = {}
@@ -367,7 +371,7 @@ def report_check():
     ]
     for key, ylabel in (("activation", "mean |output|"), ("added", "RMS of (W - W at init) x")):
         made, axes = figure(2, 3)
-        for axis, (optimizer, rule, power, first), mine in zip(axes, kinds, of_kind):
+        for axis, (optimizer, rule, power, first), mine in zip(axes, kinds, of_kind, strict=False):
             for density in sorted({r["density"] for r in rows}, reverse=True):
                 for step, alpha in ((1, 0.35), (4, 1.0)):
                     points = sorted(
@@ -376,7 +380,7 @@ def report_check():
                         if (r["density"], r["step"]) == (density, step)
                     )
                     axis.plot(
-                        *zip(*points),
+                        *zip(*points, strict=False),
                         marker=".",
                         alpha=alpha,
                         color=f"C{round(-math.log2(density))}",
@@ -397,9 +401,10 @@ def report_check():
         axes[0].legend(title="density; pale: update 1, full: 4", fontsize=7)
         save(made, f"supar_check_{key}.png")
     print(
-        "Output sizes against dense at the same width, where a neuron keeps >= 64 weights: lowest .. highest, mean slope of log size over log density"
+        "Output sizes against dense at the same width, where a neuron keeps >= 64 weights: "
+        "lowest .. highest, mean slope of log size over log density"
     )
-    for (optimizer, rule, power, first), mine in zip(kinds, of_kind):
+    for (optimizer, rule, power, first), mine in zip(kinds, of_kind, strict=False):
         for step, key in itertools.product((1, 4, 10), ("activation", "added", "change")):
             size = {(r["width"], r["density"]): r[key] for r in mine if r["step"] == step}
             ratios = {
@@ -422,7 +427,8 @@ def report_check():
                 )
             )
             print(
-                "{optimizer} {rule:8} power {power:g} masked first {mask_first:5} step {step:2} {what:10} {lowest:.2f} .. {highest:.2f}  slope {slope:+.2f} "
+                "{optimizer} {rule:8} power {power:g} masked first {mask_first:5} step {step:2} "
+                "{what:10} {lowest:.2f} .. {highest:.2f}  slope {slope:+.2f} "
                 "± {slope_std:.2f} (n={n})".format(**verdict[-1])
             )
     write_csv("supar_check_summary.csv", verdict)

@@ -1,20 +1,23 @@
-"""Where the time of a training step goes, by class of kernel, and how far each class is from its floor.
+"""Where the time of a training step goes, by class of kernel, and how far each class is from its
+floor.
 
-    python records/one_gpu/profile_step.py                                gpt2_small on a GPU: 5 steps, about 3 minutes
-    python records/one_gpu/profile_step.py --steps 3 -- --preset laptop   anything after -- goes to train_gpt.py
-    python records/one_gpu/profile_step.py --ceilings                     only what this machine can do at most
+    python records/one_gpu/profile_step.py               gpt2_small on a GPU: 5 steps, 3 minutes
+    python records/one_gpu/profile_step.py --ceilings    only what this machine can do at most
+    python records/one_gpu/profile_step.py --steps 3 -- --preset laptop     flags for train_gpt.py
 
-Two ceilings are measured first: a large matrix product on random numbers (bf16 on a GPU, fp32 on a CPU) and a large
-device-to-device copy (bytes read plus bytes written). Then steps on random tokens are timed without the profiler, and
-the two halves of a step, forward with backward and the optimizers' update, are profiled apart. What a step takes
-beyond its kernels is `gaps`: waiting for the host. On a CPU the profiler slows every operator, so there `gaps` may
-come out below zero and only the proportions count.
+Two ceilings are measured first: a large matrix product on random numbers (bf16 on a GPU, fp32 on a
+CPU) and a large device-to-device copy (bytes read plus bytes written). Then steps on random tokens
+are timed without the profiler, and the two halves of a step, forward with backward and the
+optimizers' update, are profiled apart. What a step takes beyond its kernels is `gaps`: waiting for
+the host. On a CPU the profiler slows every operator, so there `gaps` may come out below zero and
+only the proportions count.
 
-Floors: matmul and attention, counted operations over the matmul ceiling; all else, the fewest bytes over the copy
-ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66 numbers of width n_embd, each
-read or written once in the activations' type, and the logits three times.
+Floors: matmul and attention, counted operations over the matmul ceiling; all else, the fewest bytes
+over the copy ceiling. The bytes of `elementwise` are an estimate: per token, layer and update 66
+numbers of width n_embd, each read or written once in the activations' type, and the logits three
+times.
 
---trainer FILE profiles another train_gpt.py. Exit code 0: done; 2: misuse.
+--trainer FILE profiles another train_gpt.py of the same interface. Exit code 0: done; 2: misuse.
 """
 
 import importlib.util
@@ -54,7 +57,7 @@ def class_of(name: str) -> str:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- ceilings
+# ---------------------------------------------------------------------------------------- ceilings
 
 
 def synchronize(device):
@@ -65,7 +68,7 @@ def synchronize(device):
 def median_seconds(function, device, warm: int, runs: int) -> float:
     """Median time of a call, the device's work included."""
     times = []
-    for i in range(warm + runs):
+    for _i in range(warm + runs):
         synchronize(device)
         begun = time.perf_counter()
         function()
@@ -91,7 +94,7 @@ def ceilings(device: torch.device) -> dict:
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- profile
+# ----------------------------------------------------------------------------------------- profile
 
 
 def load(path: Path):
@@ -106,32 +109,24 @@ def load(path: Path):
 
 
 def make_step(trainer, flags: list[str]):
-    """(config, device, micro-batch, forward-and-backward, update, state bytes) of a run on random tokens."""
+    """(run, micro-batch, forward-and-backward, update) of a run's first stage, on random tokens."""
     config = trainer.parse_config(flags, "gpt2_small" if torch.cuda.is_available() else "laptop")
     runtime = trainer.init_runtime(config)
     config = trainer.resolve(config, runtime.device)
-    model, methods = trainer.GPT(config), trainer.make_methods(config)
-    trainer.init_weights(model, config)
-    model.to(runtime.device)
-    for method in methods:
-        method.attach(model)
-    run = trainer.Run(
-        config, runtime, model, methods, trainer.make_optimizers(model, config, runtime, methods)
-    )
-    forward = torch.compile(model) if config.compile else model
-    micro = trainer.warm_up(run, forward)
+    micro = trainer.warm_up(config, runtime)
+    run = trainer.build(config, runtime)
+    run.optimizers, run.micro = trainer.make_optimizers(run), micro
+    trainer.set_stage(run)
+    count = config.batch_tokens[0] // config.seq_len
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(
-        config.vocab_size - 1, (config.rows, config.seq_len + 1), generator=generator
-    )
-    rows[torch.rand(rows.shape, generator=generator) < 1 / 500] = (
-        config.vocab_size - 1
-    )  # documents of about 500 tokens
-    inputs, targets = (half.contiguous().to(runtime.device) for half in (rows[:, :-1], rows[:, 1:]))
+    last = config.vocab_size - 1
+    rows = torch.randint(last, (count, config.seq_len + 1), generator=generator)
+    rows[torch.rand(rows.shape, generator=generator) < 1 / 500] = last  # documents of 500 tokens
+    batch = trainer.split(rows, runtime.device)
     return (
         run,
-        micro,
-        lambda: trainer.forward_backward(forward, inputs, targets, micro, 1),
+        micro[count],
+        lambda: trainer.forward_backward(run, *batch),
         lambda: trainer.update(run),
     )
 
@@ -165,9 +160,9 @@ def kernels(function, device, runs: int) -> dict[str, list]:
 def floors(run, trainer, limits: dict) -> dict[str, float]:
     """Fewest milliseconds of a step per class, by operations and bytes that cannot be avoided."""
     c, model = run.config, run.model
-    tokens, size = c.batch_tokens, 2 if c.bf16 else 4
+    tokens, size = c.batch_tokens[0], 2 if c.bf16 else 4
     weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab * c.n_embd
-    attention = trainer.flops_per_token(c) - 6 * weights
+    attention = trainer.flops_per_token(model) - 6 * weights
     activations = tokens * size * (66 * c.n_layer * c.n_embd + 3 * c.padded_vocab)
     state = sum(t.nbytes for o in run.optimizers for t in o.state.values())
     held = sum(p.nbytes for p in model.parameters())
@@ -237,7 +232,7 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         ),
         reverse=True,
     )[:25]
-    rate = config.batch_tokens / step_ms * 1000
+    rate = config.batch_tokens[0] / step_ms * 1000
     return dict(
         device=trainer.device_name(device),
         torch=torch.__version__,
@@ -247,7 +242,7 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         step_ms=step_ms,
         step_ms_all=times,
         tokens_per_second=rate,
-        mfu_of_measured=rate * trainer.flops_per_token(config) / limits["matmul_flops"],
+        mfu_of_measured=rate * trainer.flops_per_token(run.model) / limits["matmul_flops"],
         peak_memory_bytes=peak,
         ceilings=limits,
         classes=rows,
@@ -263,7 +258,8 @@ def table(result: dict) -> str:
     lines = [
         f"{result['device']}, torch {result['torch']}, micro-batch {result['micro_batch']} rows: "
         f"step {result['step_ms']:.1f} ms, "
-        f"{result['tokens_per_second']:,.0f} tokens/s, {result['mfu_of_measured']:.1%} of the measured matmul rate",
+        f"{result['tokens_per_second']:,.0f} tokens/s, {result['mfu_of_measured']:.1%} of the "
+        f"measured matmul rate",
         f"ceilings: {limits['matmul_flops'] / 1e12:.2f} TFLOP/s ({limits['matmul']}), "
         f"{limits['copy_bytes'] / 1e9:.0f} GB/s",
         "",
@@ -276,7 +272,8 @@ def table(result: dict) -> str:
             for key, form in (("floor_ms", ".2f"), ("over_floor", ".1f"))
         )
         lines.append(
-            f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | {over} |"
+            f"| {name} | {row['ms']:.2f} | {row['share']:.1%} | {row['calls']:.0f} | {floor} | "
+            f"{over} |"
         )
     lines += [
         f"| **step** | {result['step_ms']:.2f} | | | {result['floor_ms']:.2f} | "

@@ -1,32 +1,35 @@
-"""Ours and the peers' trainers on one GPU, on the same tokens, one after the other: speed, memory, and loss over time.
+"""Ours and the peers' trainers on one GPU, on the same tokens, one after the other: speed, memory,
+and loss over time.
 
     git clone https://github.com/KellerJordan/modded-nanogpt
     git clone https://github.com/karpathy/nanoGPT
     python records/one_gpu/side_by_side.py --modded modded-nanogpt --nanogpt nanoGPT \\
-        --train_files 'data/fineweb10B/fineweb_train_*.bin' --val_files 'data/fineweb10B/fineweb_val_*.bin' \\
-        --out side_by_side
+        --train_files 'data/fineweb10B/fineweb_train_*.bin' --val_files
+        'data/fineweb10B/fineweb_val_*.bin' \\ --out side_by_side
 
-Contenders (--only picks some; what --out already holds is kept, so a comparison may be made in several calls):
+Contenders (--only picks some; what --out already holds is kept, so a comparison may be made in
+several calls):
     ours        train_gpt.py, once per --ours 'flags' (--preset nov2024, --preset gpt2_small)
     record      modded-nanogpt's record script of 2024-11-08, out of its log
     simple      modded-nanogpt's records/track_3_optimization/train_gpt_simple.py
-    newest      modded-nanogpt's record script of 2025-08-23, out of its log: the last one before the public records
-                took to a prebuilt FlashAttention 3 that is downloaded at every start
+    newest      modded-nanogpt's record script of 2025-08-23, out of its log: the last before the
+                public records took to a prebuilt FlashAttention 3, downloaded at every start
     nanogpt     nanoGPT's train.py
 
-A peer's code is read from its checkout at run time, written to a temporary folder, and run there after the text
-substitutions that SUBSTITUTIONS below lists and the report repeats: they set batch, steps, validation and schedule
-lengths, no more. Every schedule length shrinks as the steps do. Each run is a process of its own, started through a
-few lines that record a CUDA event after each update, and the peak memory at the end.
+A peer's code is read from its checkout at run time, written to a temporary folder, and run there
+after the text substitutions that SUBSTITUTIONS below lists and the report repeats: they set batch,
+steps, validation and schedule lengths, no more. Every schedule length shrinks as the steps do. Each
+run is a process of its own, started through a few lines that record a CUDA event after each update,
+and the peak memory at the end.
 
-A step's time is that between two updates' events; where a validation or the first ten updates (compilation) lie
-between them, the median of the steps around stands in. The time to a loss is the sum of these, interpolated linearly
-between two validations. MFU counts the operations of GPT-2 Small at rows of 1,024, the same for everyone, over the
-rate that a large bf16 matrix product reaches on this card. The target is what `record` ends at.
+A step's time is that between two updates' events; where a validation or the first ten updates
+(compilation) lie between them, the median of the steps around stands in. The time to a loss is the
+sum of these, interpolated linearly between two validations. MFU counts the operations of GPT-2
+Small at rows of 1,024, the same for everyone, over the rate that a large bf16 matrix product
+reaches on this card. The target is what `record` ends at.
 
-Writes side_by_side.json, .md, .png and one .txt per run into --out. Exit code 0: all ran; 1: a run failed, which the
-report says in one line; 2: misuse; 130: interrupted.
-"""
+Writes side_by_side.json, .md, .png and one .txt per run into --out. Exit code 0: all ran; 1: a run
+failed, which the report says in one line; 2: misuse; 130: interrupted. """
 
 import dataclasses
 import glob
@@ -105,7 +108,8 @@ SUBSTITUTIONS = {
 }
 REPEATED = {"align_to_bos=True"}  # may stand there more than once
 
-# Runs a script as if by itself; after each update of the first optimizer (ours: after update()) an event is recorded.
+# Runs a script as if by itself; after each update of the first optimizer (ours: after update()) an
+# event is recorded.
 LAUNCH = """
 import atexit, json, os, runpy, sys
 import torch
@@ -128,8 +132,8 @@ def report():
     with open(os.environ["SIDE_BY_SIDE_STATS"], "w") as file:
         json.dump(dict(peak_memory_bytes=torch.cuda.max_memory_allocated(),
                        reserved_bytes=torch.cuda.max_memory_reserved(),
-                       intervals_ms=[a.elapsed_time(b) for a, b in zip(events, events[1:])], torch=torch.__version__,
-                       device=torch.cuda.get_device_name()), file)
+                       intervals_ms=[a.elapsed_time(b) for a, b in zip(events, events[1:])],
+                       torch=torch.__version__, device=torch.cuda.get_device_name()), file)
 
 if os.environ.get("SIDE_BY_SIDE_OURS"):
     import train_gpt
@@ -168,17 +172,19 @@ class Plan:
     )
 
 
-# --------------------------------------------------------------------------------------------------- the peers' scripts
+# ------------------------------------------------------------------------------ the peers' scripts
 
 
 def substitute(name: str, source: str, plan: Plan) -> tuple[str, list]:
-    """(adapted source, what was changed). Raises Failed where a text to change is not there as expected."""
+    """(adapted source, what was changed). Raises Failed where a text to change is not there as
+    expected."""
     changes = SUBSTITUTIONS[name](plan)
     for old, new in changes:
         count = source.count(old)
         if not count or count > 1 and old not in REPEATED:
             raise Failed(
-                f"its source holds {old!r} {count} times, not once: another version of the checkout?"
+                f"its source holds {old!r} {count} times, not once: another version of the "
+                f"checkout?"
             )
         source = source.replace(old, new)
     return source, changes
@@ -215,7 +221,8 @@ def bare_tokens(work: Path, train: list[str], val: list[str]):
 
 
 def prepare(name: str, args, plan: Plan, work: Path) -> tuple[list[str], list, dict]:
-    """(script and flags, substitutions, more environment) of a contender, ready to run in the folder `work`."""
+    """(script and flags, substitutions, more environment) of a contender, ready to run in the
+    folder `work`."""
     if name.startswith("ours"):
         flags = args.ours[0 if name == "ours" else int(name[4:]) - 1]
         momentum = (
@@ -278,11 +285,12 @@ def prepare(name: str, args, plan: Plan, work: Path) -> tuple[list[str], list, d
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- a run
+# ------------------------------------------------------------------------------------------- a run
 
 
 def step_times(intervals: list[float], steps: int, val_every: int) -> list[float]:
-    """Milliseconds of each of `steps` updates. intervals: between consecutive updates, warm-up's first."""
+    """Milliseconds of each of `steps` updates. intervals: between consecutive updates, warm-up's
+    first."""
     times = [None] + intervals[len(intervals) - (steps - 1) :]
     if len(times) != steps:
         raise Failed(f"{len(intervals) + 1} updates seen, {steps} planned")
@@ -294,12 +302,15 @@ def step_times(intervals: list[float], steps: int, val_every: int) -> list[float
     for k in range(steps):
         if not good[k]:
             near = [times[j] for j in range(max(0, k - 10), steps) if good[j]][:20]
-            times[k] = statistics.median(near or [t for t, ok in zip(times, good) if ok])
+            times[k] = statistics.median(
+                near or [t for t, ok in zip(times, good, strict=False) if ok]
+            )
     return times
 
 
 def time_to(curve: list, target: float) -> float | None:
-    """Seconds at which a curve of (step, loss, seconds) reaches a loss, linear between validations; None: never."""
+    """Seconds at which a curve of (step, loss, seconds) reaches a loss, linear between validations;
+    None: never."""
     before = None
     for _, loss, seconds in curve:
         if loss <= target:
@@ -391,7 +402,7 @@ def run_one(name: str, args, plan: Plan, limits: dict) -> dict:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- report
+# ------------------------------------------------------------------------------------------ report
 
 
 def table(report: dict) -> str:
@@ -402,9 +413,11 @@ def table(report: dict) -> str:
         "",
         f"Measured: {limits['matmul_flops'] / 1e12:.0f} TFLOP/s ({limits['matmul']}), "
         f"copies {limits['copy_bytes'] / 1e9:.0f} GB/s. "
-        f"Target: {f'{target:.4f}, what `record` ends at' if target else 'none, `record` has not run'}.",
+        f"Target: "
+        f"{f'{target:.4f}, what `record` ends at' if target else 'none, `record` has not run'}.",
         "",
-        "| run | tokens/s | of `record` | MFU | peak GB | step ms, p10 / p50 / p90 | final val loss | "
+        "| run | tokens/s | of `record` | MFU | peak GB | step ms, p10 / p50 / p90 | final val "
+        "loss | "
         "seconds to the target | of `record` |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -448,7 +461,7 @@ def draw(report: dict, path: Path):
         if "failed" not in run:
             points = [(seconds, loss) for step, loss, seconds in run["curve"] if step]
             axes.plot(
-                *zip(*points),
+                *zip(*points, strict=False),
                 marker=".",
                 label=" ".join([run["name"], run["flags"].replace("--", "")]).strip(),
             )
@@ -477,7 +490,7 @@ def save(args, report: dict):
         draw(report, args.out / "side_by_side.png")
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------ command line
 
 
 def parse_args(argv):
@@ -502,7 +515,7 @@ def parse_args(argv):
         "--ours",
         action="append",
         metavar="FLAGS",
-        help="flags of one of our runs; give several: ours, ours2, ... (--preset nov2024 and --preset gpt2_small)",
+        help="flags of one of our runs; several: ours, ours2, ... (nov2024 and gpt2_small)",
     )
     add("--only", nargs="+", metavar="NAME", help="run these contenders only")
     add("--again", action="store_true", help="run contenders again that --out holds, too")
@@ -547,7 +560,8 @@ def parse_args(argv):
     known += ["record", "simple", "newest"] * bool(args.modded) + ["nanogpt"] * bool(args.nanogpt)
     if unknown := set(args.only or []) - set(known):
         raise BadInput(
-            f"--only {' '.join(sorted(unknown))}: not among {', '.join(known)}; peers need --modded or --nanogpt"
+            f"--only {' '.join(sorted(unknown))}: not among {', '.join(known)}; peers need "
+            f"--modded or --nanogpt"
         )
     args.names = [name for name in known if name in (args.only or known)]
     for folder, flag in ((args.modded, "modded"), (args.nanogpt, "nanogpt")):
@@ -574,7 +588,8 @@ def parse_args(argv):
         )
         if usable < need:
             raise BadInput(
-                f"{pattern}: {len(paths)} files hold {usable:,} usable tokens, {need:,} are needed; "
+                f"{pattern}: {len(paths)} files hold {usable:,} usable tokens, {need:,} are "
+                f"needed; "
                 f"give more shards or fewer --steps"
             )
     return args
@@ -616,7 +631,8 @@ def main(argv=None) -> int:
             )
             if measured.returncode:
                 raise BadInput(
-                    f"the card's ceilings cannot be measured: {(measured.stderr.strip().splitlines() or ['?'])[-1]}"
+                    f"the card's ceilings cannot be measured: "
+                    f"{(measured.stderr.strip().splitlines() or ['?'])[-1]}"
                 )
             report["ceilings"], report["tokens"] = (
                 json.loads(measured.stdout.splitlines()[-1]),
@@ -631,7 +647,8 @@ def main(argv=None) -> int:
                 try:
                     run = run_one(name, args, plan, report["ceilings"])
                     print(
-                        f"{name}: {run['tokens_per_second']:,.0f} tokens/s, val loss {run['val_loss']:.4f}",
+                        f"{name}: {run['tokens_per_second']:,.0f} tokens/s, val loss "
+                        f"{run['val_loss']:.4f}",
                         flush=True,
                     )
                 except Failed as error:

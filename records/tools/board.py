@@ -1,12 +1,16 @@
-"""Regenerate the leaderboards from the record folders: python -m records board [--check]
+"""Rewrite the leaderboards from the record folders.
 
-Rewrites the parts of records/README.md (and of the repository's README.md, where it has them) that stand between
-comments such as `<!-- board:laptop -->` and `<!-- /board:laptop -->`, and draws history.png and loss.png.
---check writes nothing and exits with 1 where a text is stale.
+    python -m records board [--check]
 
-The one_gpu and laptop tracks are ranked by paired races, because seconds of different machines cannot be compared: a
-record's race.json, made by race.py, holds the ratio of its train time to a reference record's on one machine, and the
-product of these ratios along the chain of references is its time relative to the track's first record.
+Writes the parts of records/README.md (and of the repository's README.md, where it has them) that
+stand between comments such as `<!-- board:laptop -->` and `<!-- /board:laptop -->`, and draws
+history.png and loss.png. --check writes nothing and exits with 1 where a text is stale.
+
+Only folders that pass verify have a place. The one_gpu and laptop tracks are ranked by paired
+races, because seconds of different machines cannot be compared: a record's race.json holds the
+ratio of its train time to a reference record's on one machine, the product of these ratios along
+the chain of references is its time relative to the track's first record, and only the first record
+and winners of their race are ranked.
 """
 
 import math
@@ -15,24 +19,23 @@ import re
 import sys
 from dataclasses import dataclass
 
-from records.tools import logs, plot, verify
+from records.tools import folders, plot, verify
 from records.tools.command import (
     BadInput,
     Parser,
     between,
     command,
     emit,
-    printable,
+    markdown,
+    need,
     replace_between,
     write_atomic,
 )
-from records.tools.logs import TRACKS, number
+from records.tools.logs import number
+from records.tools.tracks import TRACKS
 
-RECORDS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-ROOT = os.path.dirname(RECORDS)
-RACED = ("one_gpu", "laptop")  # ranked by race, not by seconds
-
-# The public 8xH100 record for 3.28 on FineWeb, in minutes: the work of the llm.c and modded-nanogpt contributors.
+# The public 8xH100 record for 3.28 on FineWeb, in minutes: the work of the contributors of llm.c
+# and modded-nanogpt.
 PUBLIC_HISTORY = (
     (45.0, "llm.c baseline"),
     (12.0, "Muon, QK-norm, ReLU², rotary, zero-init projections"),
@@ -55,24 +58,51 @@ PUBLIC_HISTORY = (
     (1.8, "paired-head attention, fused ReLU² kernel"),
     (1.65, "bigram hash embedding"),
     (1.5, "FP8 head kernels"),
+    (1.44, "learning rate decays to 0.15, last layers attend from one saved activation"),
+    (1.41, "queries and keys orthogonalised in pairs of heads"),
     (1.36, "MUDD skips"),
-    (1.23, "FP8 MLP, dynamically composed heads, prefix-token loss (July 2026)"),
+    (1.35, "exclusive self-attention (XSA) of learned strength"),
+    (1.32, "sign trick for bigrams, FP8 MLP up-projection"),
+    (1.27, "MUDD gates, dynamically composed heads"),
+    (1.24, "prefix-token loss, faster ReLU² kernel"),
+    (1.23, "FP8 MLP down-projection (July 2026)"),
 )
-
-
-class Broken(Exception):
-    """A record folder that cannot be read; one line."""
+# Claims at github.com/KellerJordan/modded-nanogpt that were not merged by September 2026:
+# pull request, minutes, state, what is new.
+PENDING = (
+    (
+        349,
+        1.08,
+        "closed: #360 replaces it",
+        "64.7 s (n = 12): ANVIL optimizer, FP8 throughout, new schedule",
+    ),
+    (
+        366,
+        1.13,
+        "open",
+        "67.9 s (n = 12): hashed n-grams in the host's memory, 80M rows, added to values",
+    ),
+    (
+        360,
+        0.67,
+        "open; reviewers dispute the table",
+        "39.9 s (n = 18): sampled softmax in the training loss, a table of bigrams and trigrams "
+        "with 84.6M rows (the merged record's has 0.38M), ANVIL, FP8 throughout",
+    ),
+)
 
 
 @dataclass
 class Record:
-    """One record folder, as its result.json and race.json tell it."""
+    """One record folder: its files, and what verify thinks of it."""
 
     name: str
     track: str
     result: dict
-    race: dict | None
+    race: dict | None = None
     reference: str | None = None  # name of the record it raced against
+    refused: str = ""  # why verify does not pass it
+    unranked: str = ""  # why it has no place although verify passes it
     relative: float | None = None  # train time over that of the track's first record
 
     @property
@@ -83,73 +113,44 @@ class Record:
     def loss(self) -> str:
         return verify.plus_minus(self.result["val_loss"])
 
-
-def load(folder, file_name) -> dict | None:
-    path = os.path.join(folder, file_name)
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as f:
-        value = logs.parse_json(f.read(1 << 20))
-    if not isinstance(value, dict):
-        raise Broken(f"{os.path.relpath(path, ROOT)} is not a JSON object; make it again")
-    return value
+    @property
+    def link(self) -> str:
+        return f"[{self.name}]({self.track}/{self.name})"
 
 
-def check_shape(name, result, race):
-    """Refuse what the tables below could not print."""
-    for key in ("val_loss", "train_time_ms"):
-        values = result.get(key)
-        if (
-            not isinstance(values, dict)
-            or number(values.get("mean")) is None
-            or "std" not in values
-        ):
-            raise Broken(
-                f"{name}/result.json has no {key} statistics; make the folder with submit.py"
-            )
-    if (
-        number(result.get("n")) is None
-        or not isinstance(result.get("runs"), list)
-        or not result["runs"]
-    ):
-        raise Broken(f"{name}/result.json lists no runs; make the folder with submit.py")
-    if race is not None:
-        ratio, interval = number(race.get("ratio")), race.get("ci")
-        if ratio is None or ratio <= 0 or not isinstance(race.get("reference"), str):
-            raise Broken(
-                f"{name}/race.json needs a reference and a ratio above 0; make it with race.py"
-            )
-        if not (
-            isinstance(interval, list) and len(interval) == 2 and None not in map(number, interval)
-        ):
-            raise Broken(f"{name}/race.json needs ci, a list of two numbers; make it with race.py")
+def read_record(folder: str, track: str) -> Record:
+    """A folder and its verdict. Of one that verify refuses nothing else is read."""
+    name, group = os.path.basename(folder), folders.check_record(folder, track)
+    if not group.ok:
+        return Record(name, track, {}, refused=group.reasons[0])
+    result = folders.read_json(os.path.join(folder, "result.json"), [])
+    record = Record(name, track, result, unranked=group.unranked)
+    path = os.path.join(folder, "race.json")
+    if os.path.lexists(path):
+        record.race = folders.read_json(path, [])
+        place = record.race["reference"].split()[0].removesuffix("/train_gpt.py").rstrip("/")
+        record.reference = os.path.basename(place)
+    return record
 
 
 def read_track(track: str) -> list[Record]:
     """The track's records by date and name, with their time relative to the first one."""
-    place = os.path.join(RECORDS, track)
-    records = []
-    for name in sorted(os.listdir(place)) if os.path.isdir(place) else []:
-        folder = os.path.join(place, name)
-        if name.startswith(".") or (result := load(folder, "result.json")) is None:
-            continue
-        race = load(folder, "race.json")
-        check_shape(f"{track}/{name}", result, race)
-        records.append(Record(name, track, result, race))
-    by_name = {record.name: record for record in records}
-    for record in records:
-        if record.race:
-            parts = re.split(r"[/\\\s]+", record.race["reference"])
-            record.reference = next((part for part in reversed(parts) if part in by_name), None)
-    if records:
-        first = next((r for r in records if r.race is None), None)
-        for record in records:
-            record.relative = relative_time(record, by_name, first)
+    place = os.path.join(folders.RECORDS, track)
+    names = sorted(os.listdir(place)) if os.path.isdir(place) else []
+    paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
+    records = [read_record(path, track) for path in paths if os.path.isdir(path)]
+    good = [record for record in records if not record.refused]
+    by_name = {record.name: record for record in good}
+    for record in good:
+        record.relative = relative_time(record, by_name, good[0])
+        if TRACKS[track].raced and record.relative is None and not record.unranked:
+            record.unranked = "its race leads to no record that is here"
     return records
 
 
 def relative_time(record, by_name, first) -> float | None:
-    """Product of the race ratios back to the first record; None where the chain breaks or bites its tail."""
+    """Product of the race ratios back to the first record; None where the chain breaks or bites its
+    tail."""
     product, seen = 1.0, set()
     while record is not first:
         if record is None or record.race is None or record.name in seen:
@@ -161,19 +162,17 @@ def relative_time(record, by_name, first) -> float | None:
 
 
 def ranked(track: str, records: list[Record]) -> list[Record]:
-    """Best first."""
+    """Those that have a place, best first."""
 
     def key(record):
-        if track in RACED:
-            return record.relative if record.relative is not None else math.inf
-        value = (
-            record.result.get("peak_memory_bytes")
-            if track == "memory"
-            else record.result["train_time_ms"]["mean"]
-        )
-        return value if number(value) is not None else math.inf
+        if TRACKS[track].raced:
+            return record.relative, record.name
+        if track == "memory":
+            peak = number(record.result.get("peak_memory_bytes"))
+            return peak if peak else math.inf, record.name
+        return record.result["train_time_ms"]["mean"], record.name
 
-    return sorted(records, key=lambda r: (key(r), r.name))
+    return sorted((r for r in records if not r.refused and not r.unranked), key=key)
 
 
 def race_text(record: Record) -> str:
@@ -189,111 +188,100 @@ def row(*cells) -> str:
 
 
 def leaderboard(track: str, records: list[Record]) -> str:
-    """The track's table, best record first."""
+    """The track's table, best record first, and what has no place in it."""
     if not records:
         return "No record yet."
-    if track in RACED:
-        lines = [
-            row(
-                "#",
-                "record",
-                "time relative to the first",
-                "against its reference [95 % CI]",
-                "val loss",
-                "n",
-            ),
-            "|---:|---|---:|---:|---:|---:|",
-        ]
-    elif track == "memory":
-        lines = [row("#", "record", "peak memory", "val loss", "n"), "|---:|---|---:|---:|---:|"]
+    if TRACKS[track].raced:
+        columns = ["time relative to the first", "against its reference [95 % CI]"]
     else:
-        lines = [row("#", "record", "train time", "val loss", "n"), "|---:|---|---:|---:|---:|"]
-    for place, r in enumerate(ranked(track, records), 1):
-        link, n = f"[{r.name}]({track}/{r.name})", r.result["n"]
-        if track in RACED:
-            relative = f"{r.relative:.3f}" if r.relative is not None else "not raced"
-            against = race_text(r) + (f" against {r.reference}" if r.reference else "")
-            lines.append(row(place, link, relative, against, r.loss, n))
-        elif track == "memory":
-            peak = number(r.result.get("peak_memory_bytes"))
-            lines.append(row(place, link, f"{peak / 2**30:.2f} GiB" if peak else "–", r.loss, n))
-        else:
-            lines.append(
-                row(
-                    place,
-                    link,
-                    f"{verify.plus_minus(r.result['train_time_ms'], 1000, 2)} s",
-                    r.loss,
-                    n,
-                )
-            )
+        columns = ["peak memory" if track == "memory" else "train time"]
+    lines = [row("#", "record", *columns, "val loss", "n")]
+    lines.append("|---:|---|" + "---:|" * (len(columns) + 2))
+    for place, record in enumerate(ranked(track, records), 1):
+        cells = measured(track, record)
+        lines.append(row(place, record.link, *cells, record.loss, record.result["n"]))
+    lines += [""] * any(record.refused or record.unranked for record in records)
+    for record in records:
+        if record.unranked:
+            lines.append(f"- Not ranked: {record.link}: {markdown(record.unranked, 300)}.")
+        elif record.refused:
+            name, why = markdown(record.name, 80), markdown(record.refused, 300)
+            lines.append(f"- Refused by verify: {name}: {why}.")
     return "\n".join(lines)
 
 
+def measured(track: str, record: Record) -> list[str]:
+    """The cells of what the track is ranked by."""
+    if TRACKS[track].raced:
+        against = f" against {record.reference}" if record.reference else ""
+        return [f"{record.relative:.3f}", race_text(record) + against]
+    if track == "memory":
+        peak = number(record.result.get("peak_memory_bytes"))
+        return [f"{peak / 2**30:.2f} GiB" if peak else "–"]
+    return [f"{verify.plus_minus(record.result['train_time_ms'], 1000, 2)} s"]
+
+
 def effect(record: Record) -> str:
-    """What the race says in a word or two: its own verdict, which also weighs the loss, else the interval."""
+    """What the race says in a word or two."""
     if record.race is None:
-        return "start" if record.relative == 1.0 else "not raced"
+        return "start"
+    if not record.unranked:
+        return "faster"
     low, high = record.race["ci"]
-    by_interval = "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
-    verdict = record.race.get("faster")
-    if verdict == "no":
-        return "slower" if by_interval == "slower" else "loses: loss is worse"
-    level = record.race.get("level_per_look", 0.0)
-    if verdict == "not shown" and by_interval == "faster":
-        return (
-            "less time, not at the race's level"
-            if record.race.get("p_loss_not_worse", 1.0) <= level
-            else "less time; equal loss not shown"
-        )
-    return {"yes": "faster", None: by_interval}.get(verdict, "no difference shown")
+    if low > 1:
+        return "slower"
+    return "less time; equal loss not shown" if high < 1 else "no difference shown"
 
 
 def ablation(records: list[Record]) -> str:
-    """What each piece buys: the laptop records in order, each against the one it was raced against."""
+    """What each piece buys: the laptop records in order, each against the one it was raced
+    against."""
+    records = [record for record in records if not record.refused]
     if not records:
         return "No laptop record yet."
-    lines = [
-        row(
-            "step",
-            "val loss",
-            "n",
-            "train time against the step before [95 % CI]",
-            "verdict",
-            "in all",
-        ),
-        "|---|---:|---:|---:|---|---:|",
-    ]
+    against = "train time against the step before [95 % CI]"
+    lines = [row("step", "val loss", "n", against, "verdict", "in all")]
+    lines.append("|---|---:|---:|---:|---|---:|")
     previous = None
     for r in records:
-        against = race_text(r)
+        text = race_text(r)
         if r.race is not None and r.reference != previous:
-            against += f" (against {r.reference or printable(r.race['reference'], 60)})"
+            text += f" (against {r.reference})"
         total = f"{r.relative:.3f}" if r.relative is not None else "–"
-        lines.append(row(r.title, r.loss, r.result["n"], against, effect(r), total))
+        lines.append(row(r.title, r.loss, r.result["n"], text, effect(r), total))
         previous = r.name
     return "\n".join(lines)
 
 
 def public_table() -> str:
     lines = [row("minutes", "what was new"), "|---:|---|"]
-    return "\n".join(lines + [row(f"{minutes:g}", what) for minutes, what in PUBLIC_HISTORY])
+    lines += [row(f"{minutes:g}", what) for minutes, what in PUBLIC_HISTORY]
+    lines += ["", "Claimed, not merged (as of September 2026):", ""]
+    lines += [row("minutes", "pull request", "state", "what is new"), "|---:|---|---|---|"]
+    for pull, minutes, state, what in PENDING:
+        link = f"[#{pull}](https://github.com/KellerJordan/modded-nanogpt/pull/{pull})"
+        lines.append(row(f"{minutes:g}", link, state, what))
+    return "\n".join(lines)
 
 
 def texts(tracks: dict) -> dict[str, dict[str, str]]:
-    """path -> block name -> text, for every file that board.py keeps."""
+    """path -> block name -> text, for every file that board keeps."""
     laptop = tracks["laptop"]
     blocks = {f"board:{track}": leaderboard(track, records) for track, records in tracks.items()}
     blocks["board:ablation"] = ablation(laptop)
     blocks["board:public"] = public_table()
-    blocks["board:pictures"] = "![Public and laptop history](history.png)" + (
-        "\n\n![Validation loss of the laptop records over train time](loss.png)" if laptop else ""
-    )
-    wanted = {os.path.join(RECORDS, "README.md"): blocks}
-    top = os.path.join(ROOT, "README.md")
+    blocks["board:pictures"] = "![Public and laptop history](history.png)"
+    if laptop:
+        blocks["board:pictures"] += "\n\n![Loss of the laptop records over train time](loss.png)"
+    wanted = {os.path.join(folders.RECORDS, "README.md"): blocks}
+    top = os.path.join(root(), "README.md")
     if os.path.isfile(top) and between(read(top), "board:ablation") is not None:
         wanted[top] = {"board:ablation": blocks["board:ablation"]}
     return wanted
+
+
+def root() -> str:
+    return os.path.dirname(folders.RECORDS)
 
 
 def read(path) -> str:
@@ -301,71 +289,64 @@ def read(path) -> str:
         return f.read()
 
 
+def draw_public(axis):
+    """The public record: others' work, for reference."""
+    minutes = [m for m, _ in PUBLIC_HISTORY]
+    start, last = minutes.index(7.8), len(minutes) - 1
+    axis.step(range(len(minutes)), minutes, where="post", color="#888888", linewidth=1.5)
+    axis.plot(range(len(minutes)), minutes, "o", color="#888888", markersize=4)
+    axis.plot([start], [7.8], "o", color=plot.COLOURS[1], markersize=8)
+    text = dict(textcoords="offset points", fontsize=9)
+    for i, offset in ((0, (6, 2)), (start, (8, 6)), (last, (-34, 9))):
+        axis.annotate(f"{minutes[i]:g} min", (i, minutes[i]), xytext=offset, **text)
+    here = "this repository starts here"
+    axis.annotate(here, (start, 7.8), xytext=(8, 20), color=plot.COLOURS[1], **text)
+    log_scale(axis, (1, 2, 5, 10, 20, 50))
+    axis.set_xticks([])
+    axis.set_xlabel("records in order, 2024 to July 2026")
+    axis.set_ylabel("minutes to val loss 3.28 on 8×H100")
+    axis.set_title("Public record: the work of others, for reference only", fontsize=11)
+
+
+def log_scale(axis, ticks):
+    axis.set_yscale("log")
+    axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+def draw_laptop(axis, laptop: list[Record]):
+    """Our laptop records, relative to the first; those without a place are hollow."""
+    known = [r for r in laptop if r.relative is not None]
+    values = [r.relative for r in known]
+    axis.step(range(len(known)), values, where="post", color=plot.COLOURS[0], linewidth=1.5)
+    for i, record in enumerate(known):
+        face = "white" if record.unranked else plot.COLOURS[0]
+        axis.plot(i, record.relative, "o", color=plot.COLOURS[0], markerfacecolor=face)
+        text = dict(xytext=(4, 6), textcoords="offset points", fontsize=9)
+        axis.annotate(f"{record.relative:.2f}", (i, record.relative), **text)
+    axis.set_xticks(
+        range(len(known)), [r.title for r in known], rotation=35, ha="right", fontsize=8
+    )
+    log_scale(axis, (0.1, 0.2, 0.5, 1))
+    axis.set_ylim(min(0.08, *values) * 0.9, max(values) * 1.35)
+    axis.margins(x=0.08)
+    if any(record.unranked for record in known):
+        axis.plot([], [], "o", color=plot.COLOURS[0], markerfacecolor="white", label="not ranked")
+        axis.legend(loc="upper right", frameon=False, fontsize=9)
+
+
 def draw_history(path, laptop: list[Record]):
-    """Left: the public record, others' work. Right: our laptop records, relative to the first."""
+    """Left: the public record, others' work. Right: our laptop records."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(13, 5.2), dpi=110, layout="constrained")
     left, right = picture.subplots(1, 2)
-    minutes = [m for m, _ in PUBLIC_HISTORY]
-    left.step(range(len(minutes)), minutes, where="post", color="#888888", linewidth=1.5)
-    left.plot(range(len(minutes)), minutes, "o", color="#888888", markersize=4)
-    start = minutes.index(7.8)
-    left.plot([start], [7.8], "o", color=plot.COLOURS[1], markersize=8)
-    for i, place in ((0, (6, 2)), (start, (8, 6)), (len(minutes) - 1, (-52, -4))):
-        left.annotate(
-            f"{minutes[i]:g} min",
-            (i, minutes[i]),
-            xytext=place,
-            textcoords="offset points",
-            fontsize=9,
-        )
-    left.annotate(
-        "this repository starts here",
-        (start, 7.8),
-        xytext=(8, 20),
-        textcoords="offset points",
-        fontsize=9,
-        color=plot.COLOURS[1],
-    )
-    left.set_yscale("log")
-    left.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
-    left.minorticks_off()
-    left.set_xticks([])
-    left.set_xlabel("records in order, 2024 to July 2026")
-    left.set_ylabel("minutes to val loss 3.28 on 8×H100")
-    left.set_title("Public record: the work of others, for reference only", fontsize=11)
-    known = [r for r in laptop if r.relative is not None]
-    if known:
-        right.step(
-            range(len(known)),
-            [r.relative for r in known],
-            where="post",
-            color=plot.COLOURS[0],
-            linewidth=1.5,
-        )
-        right.plot(
-            range(len(known)), [r.relative for r in known], "o", color=plot.COLOURS[0], markersize=5
-        )
-        for i, r in enumerate(known):
-            right.annotate(
-                f"{r.relative:.2f}",
-                (i, r.relative),
-                xytext=(4, 6),
-                textcoords="offset points",
-                fontsize=9,
-            )
-        right.set_xticks(
-            range(len(known)), [r.title for r in known], rotation=35, ha="right", fontsize=8
-        )
-        right.set_ylim(0, max(r.relative for r in known) * 1.15)
-        right.margins(x=0.08)
+    draw_public(left)
+    if any(r.relative is not None for r in laptop):
+        draw_laptop(right, laptop)
     else:
-        right.set_xticks([])
-        right.set_yticks([])
-        right.text(
-            0.5, 0.5, "no laptop record yet", ha="center", va="center", transform=right.transAxes
-        )
+        right.set_axis_off()
+        right.text(0.5, 0.5, "no laptop record yet", ha="center", transform=right.transAxes)
     right.set_ylabel("train time relative to the first record")
     right.set_title("This repository's laptop track, by paired race", fontsize=11)
     for axis in (left, right):
@@ -373,17 +354,69 @@ def draw_history(path, laptop: list[Record]):
     plot.save(picture, path)
 
 
-def draw_pictures(laptop: list[Record]):
-    draw_history(os.path.join(RECORDS, "history.png"), laptop)
-    if laptop:
-        groups = plot.load([os.path.join(RECORDS, "laptop", r.name) for r in laptop])
-        target = logs.number(laptop[-1].result.get("target"))
-        plot.save(
-            plot.figure(
-                groups, ["time"], target, "Laptop records, each on the machine it was made on"
-            ),
-            os.path.join(RECORDS, "loss.png"),
+def draw_loss(path, laptop: list[Record]):
+    """Training loss of the ranked laptop records over their time relative to the first record's:
+    the one axis on which different machines compare."""
+    from matplotlib.figure import Figure
+
+    best = ranked("laptop", laptop)[::-1]
+    picture = Figure(figsize=(8.5, 5.2), dpi=110, layout="constrained")
+    axis = picture.subplots()
+    place = os.path.join(folders.RECORDS, "laptop")
+    for record, colour in zip(best[-len(plot.COLOURS) :], plot.COLOURS, strict=False):
+        curve = plot.load([os.path.join(place, record.name)])[0]
+        curve.scale = record.relative / curve.runs[0].planned
+        line = plot.mean_line(curve, "steps", train=True)
+        axis.plot(*line.T, color=colour, linewidth=1.6)
+        end = record.relative, record.result["val_loss"]["mean"]
+        axis.errorbar(*end, yerr=record.result["val_loss"]["std"], fmt="o", color=colour, capsize=2)
+    draw_names(axis, best[-len(plot.COLOURS) :])
+    target = TRACKS["laptop"].target
+    axis.axhline(target, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
+    axis.annotate(
+        f"target {target:g}",
+        (0.01, target),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    axis.set_xscale("log")
+    ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlim(0.004, 1.3)
+    axis.set_ylim(1.0, 2.4)
+    axis.set_xlabel("train time relative to that of the first record, by paired race")
+    axis.set_ylabel("training loss, smoothed (lines); validation loss (dots)")
+    axis.grid(alpha=0.25, linewidth=0.6)
+    plot.save(picture, path)
+
+
+def draw_names(axis, records: list[Record]):
+    """The records' names below their last points, stacked where these are close."""
+    level, previous = 0, None
+    for record, colour in sorted(
+        zip(records, plot.COLOURS, strict=False), key=lambda pair: pair[0].relative
+    ):
+        close = previous is not None and record.relative < 1.8 * previous
+        level = level + 1 if close else 0
+        end, previous = (record.relative, record.result["val_loss"]["mean"]), record.relative
+        axis.annotate(
+            record.title,
+            end,
+            xytext=(0, -24 - 11 * level),
+            color=colour,
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
         )
+
+
+def draw_pictures(laptop: list[Record]):
+    draw_history(os.path.join(folders.RECORDS, "history.png"), laptop)
+    if ranked("laptop", laptop):
+        draw_loss(os.path.join(folders.RECORDS, "loss.png"), laptop)
 
 
 @command("board")
@@ -393,30 +426,31 @@ def main(argv) -> int:
         "--check", action="store_true", help="write nothing; exit 1 where a text is stale"
     )
     args = parser.parse_args(argv)
-    try:
-        tracks = {track: read_track(track) for track in TRACKS}
-        stale = {}
-        for path, blocks in texts(tracks).items():
-            old = new = read(path)
-            for name, text in blocks.items():
+    need("scipy", *([] if args.check else ["matplotlib"]))
+    tracks = {track: read_track(track) for track in TRACKS}
+    stale = {}
+    for path, blocks in texts(tracks).items():
+        old = new = read(path)
+        for name, text in blocks.items():
+            try:
                 new = replace_between(new, name, text)
-            if new != old:
-                stale[path] = new
-        if not args.check:
-            for path, new in stale.items():
-                write_atomic(path, new.encode())
-            draw_pictures(tracks["laptop"])
-    except (Broken, ValueError) as error:
-        raise BadInput(str(error))
-    except OSError as error:
-        raise BadInput(f"{error.filename or RECORDS}: {error.strerror}")
-    names = ", ".join(os.path.relpath(path, ROOT) for path in stale)
+            except ValueError as error:
+                raise BadInput(f"{os.path.relpath(path, root())}: {error}; put it back") from None
+        if new != old:
+            stale[path] = new
+    names = ", ".join(os.path.relpath(path, root()) for path in stale)
     if args.check and stale:
-        print(f"board.py: {names} is stale; run python -m records board", file=sys.stderr)
+        print(f"records board: {names} is stale; run python -m records board", file=sys.stderr)
         return 1
-    count = sum(map(len, tracks.values()))
-    emit(
-        f"{count} record{'s' * (count != 1)}; "
-        + (f"rewrote {names}" if stale else "the text was up to date")
-    )
+    if not args.check:
+        for path, new in stale.items():
+            write_atomic(path, new.encode())
+        draw_pictures(tracks["laptop"])
+    records = [record for track in tracks.values() for record in track]
+    for record in records:
+        if record.refused:
+            print(f"records board: {record.track}/{record.name}: {record.refused}", file=sys.stderr)
+    plural = "s" * (len(records) != 1)
+    done = f"rewrote {names}" if stale else "the text was up to date"
+    emit(f"{len(records)} record{plural}; {done}")
     return 0

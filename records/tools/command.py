@@ -1,4 +1,4 @@
-"""What every command of `python -m records` shares: its parser, its errors, what it prints, how it writes files."""
+"""What every verb of `python -m records` shares: parser, errors, printing, writing of files."""
 
 import argparse
 import functools
@@ -17,7 +17,7 @@ class BadInput(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in one style: the module's docstring as help, no guessed flags, errors of one line."""
+    """argparse in one style: a module's docstring as help, no guessed flags, errors of one line."""
 
     def __init__(self, verb: str, doc: str, **options):
         defaults = dict(prog=f"python -m records {verb}", formatter_class=HELP, allow_abbrev=False)
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def command(verb: str):
-    """Decorates a verb's main(argv): what a user can mend becomes one line on stderr and exit code 2."""
+    """Decorates a verb's main(argv): what a user can mend becomes one line, exit code 2."""
 
     def decorate(main):
         @functools.wraps(main)
@@ -87,8 +87,10 @@ def printable(text, limit: int = 120) -> str:
 
 
 def markdown(text, limit: int = 120) -> str:
-    """`text` from a folder or a log as plain text in Markdown: no markup, no link, no HTML, one table cell."""
-    return re.sub(r"([\\`*_\[\](){}<>#!|~&])", r"\\\1", printable(text, limit))
+    """`text` from a folder or a log as plain text in Markdown: no markup, link, HTML, new cell."""
+    text = printable(text, limit)
+    text = re.sub(r"([\\`*\[\](){}<>#!|~&@]|:(?=//)|(?<=www)\.)", r"\\\1", text)
+    return re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
 
 
 def emit(text: str):
@@ -124,7 +126,7 @@ def _markers(name):
 
 
 def between(text: str, name: str) -> str | None:
-    """What stands between the comments `<!-- name -->` and `<!-- /name -->`, stripped; None where they are missing."""
+    """What stands between `<!-- name -->` and `<!-- /name -->`, stripped; None without these."""
     start, end = _markers(name)
     _, found, rest = text.partition(start)
     body, closed, _ = rest.partition(end)

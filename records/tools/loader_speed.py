@@ -1,13 +1,12 @@
-"""Tokens per second that the loader delivers from the page cache, in one process without the reading thread.
+"""Tokens per second that the loader delivers from the page cache, in one process without the
+reading thread.
 
-python -m records loader_speed 'data/fineweb10B/fineweb_train_*.bin' [--rows 512] [--seq_len 1024] [--spread_rows]
-"""
+python -m records loader_speed 'data/fineweb10B/fineweb_train_*.bin' [--rows 512] [--seq_len 1024]
+[--spread_rows]"""
 
 import statistics
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 import train_gpt
 from records.tools.command import BadInput, Parser, command
 
@@ -20,16 +19,16 @@ def main(argv) -> int:
     parser.add_argument("--seq_len", type=int, default=1024)
     parser.add_argument("--spread_rows", action="store_true")
     args = parser.parse_args(argv)
+    batch_tokens = args.rows * args.seq_len
     try:
-        shards = train_gpt.Shards(args.files, "files")
-        batch_tokens = args.rows * args.seq_len
-        steps = (len(shards) - 1) // batch_tokens
-        train_gpt.refuse(
-            steps < 1,
-            f"{args.files} holds {len(shards):,} tokens, less than a batch of {batch_tokens:,}",
-        )
+        shards = train_gpt.Shards(args.files, "files", args.seq_len)
+        steps = len(shards) // args.rows
+        if not steps:
+            raise BadInput(
+                f"{args.files} holds {len(shards):,} rows, fewer than --rows {args.rows}"
+            )
         config = train_gpt.Config(
-            batch_tokens=batch_tokens,
+            batch_tokens=(batch_tokens,),
             seq_len=args.seq_len,
             val_tokens=args.seq_len,
             steps=steps,
@@ -38,12 +37,11 @@ def main(argv) -> int:
     except train_gpt.UserError as error:
         raise BadInput(str(error)) from None
     batches, rates = train_gpt.Batches(shards, config), []
-    for repeat in range(6):  # the first one fills the page cache
+    for _repeat in range(6):  # the first one fills the page cache
         begun = time.perf_counter()
         for step in range(min(steps, 20)):
             batches.batch_at(step)
         rates.append(min(steps, 20) * batch_tokens / (time.perf_counter() - begun) / 1e6)
-    print(
-        f"{statistics.median(rates[1:]):.1f} M tokens/s (median of 5, {min(rates[1:]):.1f} to {max(rates[1:]):.1f})"
-    )
+    median, low, high = statistics.median(rates[1:]), min(rates[1:]), max(rates[1:])
+    print(f"{median:.1f} M tokens/s (median of 5, {low:.1f} to {high:.1f})")
     return 0

@@ -1,16 +1,18 @@
-"""Read training logs: ours and the public speedrun's. Parsing only: nothing that is read is ever run.
+"""Read training logs: ours and the public speedrun's. Parsing only: nothing that is read is ever
+run.
 
-    read_log(path) -> [Run, ...]     one Run, or several where one file holds several runs one after the other
+    read_log(path) -> [Run, ...]     one Run, or several where a file holds one after the other
 
-A log is the source text of the trainer, a line of '=', an optional header (environment, config, data hashes), lines
+A log is the source text of the trainer, a line of '=', an optional header (environment, config,
+data hashes), lines
 
     step:125/3242 val_loss:4.1234 train_time:12345ms step_avg:98.76ms
 
-and, in our logs, one line of JSON with the result. Also read: logs without the source (record folders), without any
-line of '=' (captured stdout), times in seconds (`train_time:12.345s`), extra `name:value` fields, `step_avg:nanms`, and
-the loss-only lines of llm.c (`s:250 tel:6.3097`). A file is read in blocks, so memory does not grow with its size.
-Whatever is wrong with a file ends up in `Run.problems`, in words; the contents of a file never raise.
-"""
+and, in our logs, one line of JSON with the result. Also read: logs without the source (record
+folders), without any line of '=' (captured stdout), times in seconds (`train_time:12.345s`), extra
+`name:value` fields, `step_avg:nanms`, and the loss-only lines of llm.c (`s:250 tel:6.3097`). A file
+is read in blocks, so memory does not grow with its size. Whatever is wrong with a file ends up in
+`Run.problems`, in words; the contents of a file never raise."""
 
 import hashlib
 import json
@@ -22,53 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from data import laptop
 from records.tools.command import printable
-
-# What each track demands of a run. `files`: the sha256 of every data file; None there or elsewhere: whatever the logs'
-# own config and data lines say, as long as all runs agree.
-TRACKS = {
-    "speed": dict(
-        target=3.28,
-        val_tokens=10_485_760,
-        data="fineweb",
-        files=None,
-        world_size=8,
-        device="H100",
-        resumed=False,
-        about="8×H100, FineWeb, val loss ≤ 3.28: least train time",
-    ),
-    "one_gpu": dict(
-        target=3.28,
-        val_tokens=10_485_760,
-        data="fineweb",
-        files=None,
-        world_size=1,
-        device="GPU",
-        resumed=False,
-        about="one GPU of any kind, FineWeb, val loss ≤ 3.28: best paired race",
-    ),
-    "laptop": dict(
-        target=1.26,
-        val_tokens=262_144,
-        data="laptop",
-        files=laptop.SHA256,
-        world_size=1,
-        device="CPU",
-        resumed=False,
-        about="CPU, the laptop corpus and its target: best paired race",
-    ),
-    "memory": dict(
-        target=3.28,
-        val_tokens=10_485_760,
-        data="fineweb",
-        files=None,
-        world_size=None,
-        device=None,
-        resumed=True,
-        about="FineWeb, val loss ≤ 3.28: least peak memory",
-    ),
-}
 
 BLOCK = 1 << 20  # bytes read at a time
 MAX_LINE = 4 << 20  # bytes; no honest line is longer
@@ -78,7 +34,8 @@ MAX_LOSS = 1e6  # anything above has diverged, and nan is not below it
 MAX_DEPTH = 20  # of nested JSON
 
 NUMBER = rb"[-+\d.einaf]{1,30}"  # cheap for the regex engine; float() decides
-# Starts with a literal newline, not with ^, because that lets the regex engine skip to the next "\nstep:".
+# Starts with a literal newline, not with ^, because that lets the regex engine skip to the next
+# "\nstep:".
 STEP = re.compile(
     rb"\nstep:(\d{1,15})/(\d{1,15})(?: (val|train)_loss:(" + NUMBER + rb"))?"
     rb"(?: (?!(?:val|train)_(?:loss|time):)[A-Za-z]\w*:\S+)*? train_time:([\d.]{1,25})(m?s)"
@@ -89,7 +46,8 @@ LLMC = re.compile(rb"\ns:(\d{1,15}) (tel|trl):(" + NUMBER + rb")(?=[ \r\n]|\Z)")
 SEPARATOR = re.compile(rb"\n={20,}\r?(?=\n|\Z)")
 OPENING = re.compile(rb"={20,}\r?\n(?![a-z][a-z0-9_]*: )")  # not followed by a header
 HEADER = re.compile(
-    rb"\n(run_id|python|torch|cuda|driver|device|cpu|world_size|argv|source_sha256|data|config): ?"
+    rb"\n(run_id|python|torch|cuda|driver|device|cpu|world_size|argv|source_sha256|data|data_sha256"
+    rb"|config): ?"
     rb"([^\r\n]*)"
 )
 RESULT = re.compile(rb"\n(\{\"[^\r\n]*)")
@@ -127,7 +85,8 @@ class Run:
 
     @property
     def val_loss(self) -> float | None:
-        """The final validation loss: of the result line where it agrees with the last step line, else of that line."""
+        """The final validation loss: of the result line where it agrees with the last step line,
+        else of that line."""
         if not self.val:
             return None
         exact = number((self.result or {}).get("val_loss"))
@@ -148,9 +107,18 @@ class Run:
     def seed(self):
         return (self.config or {}).get("seed")
 
-    @property
-    def batch_tokens(self) -> float | None:
-        return number((self.config or {}).get("batch_tokens"))
+    def tokens(self, step: int) -> float | None:
+        """Tokens trained on in the first `step` steps, by the config's batch_tokens: a number, or a
+        list with one for each equal stage of the run. None where the log does not say."""
+        stages = (self.config or {}).get("batch_tokens")
+        stages = stages if isinstance(stages, list) else [stages]
+        steps = number((self.config or {}).get("steps"))
+        if not stages or None in map(number, stages) or not steps or not steps.is_integer():
+            return None
+        # Step s (from 0) of n is in stage s * k // n: stage i begins at step ceil(i * n / k).
+        begins = [-(-i * int(steps) // len(stages)) for i in range(len(stages) + 1)]
+        spans = zip(stages, begins, begins[1:], strict=False)
+        return sum(size * max(0, min(step, end) - begin) for size, begin, end in spans)
 
 
 def number(value) -> float | None:
@@ -161,7 +129,8 @@ def number(value) -> float | None:
 
 
 def parse_json(text: bytes):
-    """The JSON value of `text`, or None where it is not JSON (nan and inf are not) or nested too deeply to be ours."""
+    """The JSON value of `text`, or None where it is not JSON (nan and inf are not) or nested too
+    deeply to be ours."""
 
     def refuse(constant):
         raise ValueError(constant)
@@ -193,6 +162,7 @@ class _Reader:
         self.hashes = ()  # sha256 of the source with and without its last newline
         self.last_step = {True: -1, False: -1}  # of validation lines, of the others
         self.last_val = (0, 0.0)
+        self.last_part = -1
 
     def problem(self, kind, sentence, count=1):
         self.counts.setdefault(kind, [sentence, 0])[1] += count
@@ -218,6 +188,7 @@ class _Reader:
         self.runs.append(self.run)
         self.last_step = {True: -1, False: -1}
         self.last_val = (0, 0.0)
+        self.last_part = -1
 
     def read(self):
         run = self.run
@@ -279,7 +250,8 @@ class _Reader:
             yield carry
 
     def read_source(self, blocks):
-        """Hash all before the first line of '='; returns the rest of that block, None where there is no such line."""
+        """Hash all before the first line of '='; returns the rest of that block, None where there
+        is no such line."""
         digest, last, size = hashlib.sha256(), b"", 0
         for i, block in enumerate(blocks):
             if i == 0 and (
@@ -325,12 +297,13 @@ class _Reader:
                 self.problem("twice", f"names {key} twice in its header")
                 continue
             run.header[key] = value.decode("utf-8", "replace")
-            if key in ("config", "data"):
+            attribute = {"config": "config", "data": "data", "data_sha256": "data"}.get(key)
+            if attribute:
                 parsed = parse_json(value)
                 if not isinstance(parsed, dict):
                     self.problem(key, f"has a {key} line that is not a JSON object")
                     parsed = None
-                setattr(run, key, parsed)
+                setattr(run, attribute, parsed)
         if "config" in run.header or "run_id" in run.header:
             run.style = "ours"
 
@@ -361,8 +334,8 @@ class _Reader:
         else:
             self.problem(
                 "claim",
-                f"claims source_sha256 {claim[:12]}, but the source in it has {self.hashes[0][:12]}: "
-                f"edited",
+                f"claims source_sha256 {claim[:12]}, but the source in it has "
+                f"{self.hashes[0][:12]}: edited",
             )
 
     def read_steps(self, text) -> int:
@@ -374,15 +347,13 @@ class _Reader:
                     self.unreadable_line(found[0][1:])
         if not rows:
             return 0
+        found = len(rows)
         try:
             table = numbers(rows)
         except ValueError:  # rare: find the lines that float() does not take
-            good = [all(is_number(row[i]) for i in (3, 4, 6)) for row in rows]
-            for row in (row for row, fine in zip(rows, good) if not fine):
-                self.unreadable_line(b" ".join(row))
-            if not any(good):
-                return len(rows)
-            rows = [row for row, fine in zip(rows, good) if fine]
+            rows = self.readable(rows)
+            if not rows:
+                return found
             table = numbers(rows)
         if self.run.style in ("none", "llm.c"):
             self.run.style = "public"
@@ -394,7 +365,7 @@ class _Reader:
         cuts = [0, n]
         if self.run.style == "public":
             cuts[1:1] = np.nonzero((table["step"] == 0) & (before > 0))[0].tolist()
-        for start, end in zip(cuts, cuts[1:]):
+        for start, end in zip(cuts, cuts[1:], strict=False):
             if (
                 start < n
                 and table["step"][start] == 0
@@ -404,13 +375,20 @@ class _Reader:
                 self.next_run()
             if end > start:
                 self.check_steps({k: v[start:end] for k, v in table.items()}, grain)
-        return n
+        return found
+
+    def readable(self, rows) -> list:
+        good = []
+        for row in rows:
+            if all(is_number(row[i]) for i in (3, 4, 6)):
+                good.append(row)
+            else:
+                self.unreadable_line(b" ".join(row))
+        return good
 
     def unreadable_line(self, line):
-        self.problem(
-            "line",
-            f"has a step line that cannot be read: {printable(line.decode('utf-8', 'replace'), 60)!r}",
-        )
+        text = printable(line.decode("utf-8", "replace"), 60)
+        self.problem("line", f"has a step line that cannot be read: {text!r}")
 
     def check_steps(self, table, grain):
         run = self.run
@@ -438,7 +416,8 @@ class _Reader:
                     )
                 self.last_step[which] = int(mine[-1])
 
-        # The public trainers of 2024 restart their clock after ten untimed steps; until then step_avg is nan.
+        # The public trainers of 2024 restart their clock after ten untimed steps; until then
+        # step_avg is nan.
         before = np.concatenate([[run.last_time], time[:-1]])
         restart = (step <= 12) & np.isnan(avg) & (run.style == "public")
         if (back := (time < before) & ~restart).any():
@@ -457,21 +436,28 @@ class _Reader:
                 f"has a loss of {table['loss'][wrong.argmax()]} at step {step[wrong.argmax()]}",
                 int(wrong.sum()),
             )
+        self.keep(step, table["loss"], time, is_val)
+        run.last_step, run.last_time = int(step[-1]), float(time[-1])
+
+    def keep(self, step, loss, time, is_val):
+        """Takes over the validation lines, and enough of the training lines for pictures."""
+        run = self.run
         rows = np.nonzero(is_val)[0]
         if len(run.val) + len(rows) > MAX_VAL:
             self.problem("many", f"holds more than {MAX_VAL} validation lines")
             rows = rows[: max(0, MAX_VAL - len(run.val))]
-        run.val += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
+        run.val += [(int(step[i]), float(loss[i]), float(time[i])) for i in rows]
         run.train_lines += int((~is_val).sum())
-        some = (
-            ~is_val & (table["loss"] > 0) & (step % max(1, run.planned // MAX_TRAIN) == 0)
-        )  # lines without a loss have 0
-        rows = np.nonzero(some)[0][: 2 * MAX_TRAIN - len(run.train)]
-        run.train += [(int(step[i]), float(table["loss"][i]), float(time[i])) for i in rows]
-        run.last_step, run.last_time = int(step[-1]), float(time[-1])
+        # Of the training lines with a loss, the first in each MAX_TRAIN-th of the run
+        part = step * MAX_TRAIN // max(run.planned, MAX_TRAIN)
+        for i in np.nonzero(~is_val & (loss > 0))[0]:
+            if part[i] > self.last_part and len(run.train) <= MAX_TRAIN:
+                run.train.append((int(step[i]), float(loss[i]), float(time[i])))
+                self.last_part = part[i]
 
     def check_averages(self, step, time, avg, is_val, grain):
-        """step_avg is train_time over the steps; public logs may leave out ten, or count since the last validation."""
+        """step_avg is train_time over the steps; public logs may leave out ten, or count since the
+        last validation."""
 
         def fits(elapsed, steps):
             return (
@@ -521,8 +507,9 @@ class _Reader:
 
 
 def numbers(rows) -> dict[str, np.ndarray]:
-    """STEP's rows as columns, times in ms. A line without a loss has loss 0, one without an average has nan."""
-    step, planned, kind, loss, time, unit, avg, avg_unit = zip(*rows)
+    """STEP's rows as columns, times in ms. A line without a loss has loss 0, one without an average
+    has nan."""
+    step, planned, kind, loss, time, unit, avg, avg_unit = zip(*rows, strict=False)
     n = len(rows)
 
     def integers(texts):
@@ -573,7 +560,8 @@ def body_lines(path):
 
 
 def source_text(path, sha256: str) -> bytes:
-    """The trainer's source in a log, exactly the bytes whose hash is `sha256`; ValueError where it is not there."""
+    """The trainer's source in a log, exactly the bytes whose hash is `sha256`; ValueError where it
+    is not there."""
     with open(path, "rb") as f:
         text = b"\n" + f.read(MAX_LINE)
     found = SEPARATOR.search(text)

@@ -1,176 +1,215 @@
-"""Draw validation loss against train time and tokens: python -m records plot LOG... -o out.png
+"""Draw validation loss over train time and tokens.
 
-Takes logs, record folders, and folders of logs, ours or the public speedrun's. Runs of one source share a colour: thin
-lines for the runs, a thick one for their mean. Runs validated only once or twice are shown by their training losses, which jump.
+    python -m records plot LOG... -o out.png [--train]
+
+Takes logs, record folders, and folders of logs, ours or the public speedrun's. Runs of one source
+and one config are one curve, the mean over their seeds; thin lines are the runs. With --train, and
+only then, the training loss, smoothed; a dot is the final validation loss. The eight best curves
+have colours and names, others are grey.
 """
 
 import io
+import json
 import os
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from records.tools import logs, verify
-from records.tools.command import BadInput, Parser, command, emit, printable, write_atomic
-
-COLOURS = (
-    "#1f5fa8",
-    "#d1651e",
-    "#2e8b57",
-    "#b8324a",
-    "#7a4fb5",
-    "#8a6d3b",
-    "#c94f9b",
-    "#4d4d4d",
-    "#9a9a1c",
-    "#2199ad",
+from records.tools.command import (
+    BadInput,
+    Parser,
+    command,
+    emit,
+    need,
+    printable,
+    write_atomic,
 )
+from records.tools.tracks import RUN_LOCAL
+
+# Told apart by people of any colour vision, and in print.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#e69f00", "#56b4e9", "#8a6d3b")
+GREY = "#c4c4c4"
 FORMATS = (".png", ".svg", ".pdf")
+SMOOTH = 0.15  # of a run: the width of the mean that smooths its training loss
+OPENING = 0.08  # of a run, whose losses would flatten all the rest: beyond the picture's upper edge
+LINE = 0.04  # of a panel's height, for a name
+NAMES = {"time": "train time (s)", "tokens": "tokens", "steps": "step (no batch size in the logs)"}
 
 
-def load(paths) -> list[tuple[str, list[logs.Run]]]:
-    """(label, runs) for each source, in the order found; only runs with validation lines."""
+@dataclass
+class Curve:
+    """Runs of one source and one config."""
+
+    label: str
+    runs: list[logs.Run]
+    config: dict = field(default_factory=dict)
+    scale: float = 1.0  # of the x axis
+
+    @property
+    def final(self) -> float:
+        """Mean final validation loss."""
+        return verify.spread([run.val_loss for run in self.runs])["mean"] or float("inf")
+
+
+def load(paths) -> list[Curve]:
+    """The curves, in the order found; only runs with validation lines."""
     records, named, found = verify.collect(paths)
-    groups = {}
+    curves = {}
     for folder in records:
-        runs = [
-            r
-            for f in sorted(os.listdir(folder))
-            if f.startswith("run_") and f.endswith(".txt")
-            for r in logs.read_log(os.path.join(folder, f))
-        ]
-        groups[folder] = (os.path.basename(os.path.abspath(folder)), runs)
+        names = sorted(n for n in os.listdir(folder) if n.startswith("run_") and n.endswith(".txt"))
+        for name in names:
+            add(curves, os.path.join(folder, name), os.path.basename(os.path.abspath(folder)))
     for path in named + found:
-        for run in logs.read_log(path):
-            place = os.path.dirname(os.path.abspath(path))
-            key = run.source_sha256 or place
-            label = os.path.basename(place) + (f" {key[:8]}" if run.source_sha256 else "")
-            groups.setdefault(key, (label, []))[1].append(run)
-    return [
-        (label, kept) for label, runs in groups.values() if (kept := [r for r in runs if r.val])
-    ]
+        add(curves, path, os.path.basename(os.path.dirname(os.path.abspath(path))))
+    kept = list(curves.values())
+    tell_apart(kept)
+    return kept
 
 
-def points(run, x: str, lines: list | None = None) -> list[tuple[float, float]]:
-    """(x, loss) of a run's validation lines, or of those given; x is "time" in seconds, "tokens", or "steps"."""
-    lines = run.val if lines is None else lines
-    if x == "time":
-        return [(time / 1000, loss) for _, loss, time in lines if time is not None]
-    scale = run.batch_tokens if x == "tokens" else 1
-    return [(step * scale, loss) for step, loss, _ in lines]
+def add(curves: dict, path: str, label: str):
+    """Sorts the runs of one log into the curves."""
+    for run in logs.read_log(path):
+        if run.val:
+            config = {k: v for k, v in (run.config or {}).items() if k not in RUN_LOCAL}
+            source = run.source_sha256 or os.path.dirname(os.path.abspath(path))
+            key = source, json.dumps(config, sort_keys=True)
+            curves.setdefault(key, Curve(label, [], config)).runs.append(run)
 
 
-def mean_line(runs, x: str) -> list[tuple[float, float]]:
-    """Mean x and mean loss over the runs, at the steps that all of them validated."""
-    shared = set.intersection(*({step for step, _, _ in run.val} for run in runs))
-    lines = [
-        [p for p, (step, _, _) in zip(points(run, x), run.val) if step in shared] for run in runs
-    ]
-    if len({len(line) for line in lines}) > 1:
-        return []
-    return [tuple(sum(values) / len(values) for values in zip(*column)) for column in zip(*lines)]
-
-
-def draw(axis, groups, x: str, target: float | None = None):
-    """One panel: every group's runs and mean."""
-    longest = 0.0
-    for i, (label, runs) in enumerate(groups):
-        colour = COLOURS[i % len(COLOURS)]
-        style = ("-", "--", ":", "-.")[i // len(COLOURS) % 4]
-        lines = [line for run in runs if (line := points(run, x))]
-        if not lines:
+def tell_apart(curves: list[Curve]):
+    """Curves of one name get what differs between their configs, or their source, added to it."""
+    for label in {curve.label for curve in curves}:
+        alike = [curve for curve in curves if curve.label == label]
+        configs = [curve.config for curve in alike if curve.config]
+        keys = sorted(set().union(*configs))
+        differ = [k for k in keys if len({str(config.get(k)) for config in configs}) > 1]
+        if len(alike) < 2:
             continue
-        shown = [
-            points(run, x, run.train) if len(run.val) < 3 and run.train else points(run, x)
-            for run in runs
-        ]
-        for line in filter(None, shown):
-            axis.plot(*zip(*line), color=colour, linewidth=0.7, alpha=0.35)
-        mean = mean_line(runs, x) or max(lines, key=len)
-        final = verify.spread([run.val_loss for run in runs])
-        note = (
-            f"{label}: {verify.plus_minus(final)} (n={len(runs)})"
-            if final["mean"] is not None
-            else label
-        )
-        axis.plot(
-            *zip(*mean),
-            color=colour,
-            linewidth=1.8,
-            linestyle=style,
-            marker="o",
-            markersize=2.5,
-            label=note,
-        )
-        longest = max(longest, *(line[-1][0] for line in lines))
+        for curve in alike:
+            values = [f"{key}={curve.config[key]}" for key in differ if key in curve.config]
+            source = (curve.runs[0].source_sha256 or "no source")[:8]
+            curve.label += " " + (", ".join(values[:3]) or source)
+
+
+def points(run: logs.Run, x: str, train=False) -> list[tuple[float, float]]:
+    """(x, loss) of a run's lines; x is "time" in seconds, "tokens" or "steps"."""
+    lines = run.train if train else run.val
+    if x == "time":
+        return [(ms / 1000, loss) for _, loss, ms in lines if ms is not None]
+    if x == "tokens":
+        return [(run.tokens(step), loss) for step, loss, _ in lines]
+    return [(step, loss) for step, loss, _ in lines]
+
+
+def mean_line(curve: Curve, x: str, train=False) -> np.ndarray:
+    """float [points, 2]: mean x and mean loss over the runs, at the steps that all of them have."""
+    lines = []
+    steps = [{step for step, _, _ in (r.train if train else r.val)} for r in curve.runs]
+    shared = set.intersection(*steps)
+    for run in curve.runs:
+        numbered = zip(run.train if train else run.val, points(run, x, train), strict=False)
+        lines.append([point for (step, _, _), point in numbered if step in shared])
+    if len({len(line) for line in lines}) != 1 or not lines[0]:
+        return np.empty((0, 2))
+    line = np.mean(lines, axis=0) * [curve.scale, 1.0]
+    return smooth(line) if train else line
+
+
+def smooth(line: np.ndarray) -> np.ndarray:
+    """Means over a moving part of the run; narrower at its steep beginning."""
+    reach = round(SMOOTH * len(line) / 2)
+    out = line.copy()
+    for i in range(len(line)):
+        near = min(reach, i)
+        out[i, 1] = line[i - near : i + near + 1, 1].mean()
+    return out
+
+
+def draw(axis, curves: list[Curve], x: str, train=False, target=None) -> list:
+    """One panel. Returns (curve, its end, its colour) of those that get a name."""
+    best = sorted(curves, key=lambda curve: curve.final)[: len(COLOURS)]
+    colours = iter(COLOURS)
+    ends = []
+    for curve in curves:
+        named = any(curve is other for other in best)
+        colour, layer = (next(colours), 3) if named else (GREY, 1)
+        line = mean_line(curve, x, train)
+        if not train and len(curve.runs) > 1:
+            for run in curve.runs:
+                own = np.array(points(run, x)).reshape(-1, 2) * [curve.scale, 1.0]
+                axis.plot(*own.T, color=colour, linewidth=0.6, alpha=0.35, zorder=layer)
+        if len(line) > 1:
+            axis.plot(*line.T, color=colour, linewidth=1.8, zorder=layer)
+        last = mean_line(curve, x)[-1:]
+        axis.plot(*last.T, "o", color=colour, markersize=5, zorder=layer + 1)
+        if named and len(last):
+            ends.append((curve, last[0], colour))
     if target is not None:
-        axis.axhline(target, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
+        axis.axhline(target, color="black", linewidth=0.9, linestyle=(0, (4, 3)), zorder=2)
+        place = {"xy": (0.01, target), "xycoords": ("axes fraction", "data")}
         axis.annotate(
-            f"target {target:g}",
-            (0, target),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )  # curves are high above the target at the left
-    axis.set_xlabel(
-        {
-            "time": "train time (s)",
-            "tokens": "tokens",
-            "steps": "step (batch size not in every log)",
-        }[x]
-    )
-    by_training = any(len(run.val) < 3 and run.train for _, runs in groups for run in runs)
-    axis.set_ylabel("validation loss" + " (dots) and training loss (lines)" * by_training)
+            f"target {target:g}", **place, xytext=(0, 3), textcoords="offset points", fontsize=8
+        )
+    axis.set_xlabel(NAMES[x])
+    axis.set_ylabel("training loss (lines), validation loss (dots)" if train else "validation loss")
     axis.grid(alpha=0.25, linewidth=0.6)
-    crop(axis, groups, target)
-    if longest:
-        axis.set_xlim(0, longest * 1.02)
+    crop(axis, curves, train, target)
+    return ends
 
 
-def crop(axis, groups, target):
+def crop(axis, curves, train, target):
     """The first few per cent of a run would flatten all the rest: start below them."""
-    shown = [
-        run.train + run.val if len(run.val) < 3 else run.val for _, runs in groups for run in runs
-    ]
-    finite = [[loss for _, loss, _ in lines if loss < 1e6] for lines in shown]
-    late = [
-        loss
-        for lines in shown
-        for step, loss, _ in lines
-        if len(lines) > 3 and step >= 0.08 * lines[-1][0] and loss < 1e6
-    ]
-    low = min(
-        [min(losses) for losses in finite if losses] + ([target] if target is not None else []),
-        default=None,
-    )
-    if late and low is not None and max(late) > low:
+    low, late = [target] if target is not None else [], []
+    for curve in curves:
+        for run in curve.runs:
+            lines = run.val + (run.train if train else [])
+            fine = [(step, loss) for step, loss, _ in lines if loss < logs.MAX_LOSS]
+            late += [loss for step, loss in fine if step >= OPENING * run.last_step]
+    low = min(late + low, default=None)
+    if late and max(late) > low:
         margin = 0.05 * (max(late) - low)
         axis.set_ylim(low - margin, max(late) + margin)
 
 
-def figure(groups, axes, target=None, title=""):
-    """A figure with one panel per entry of `axes` ("time", "tokens") and a legend below."""
-    from matplotlib.figure import (
-        Figure,
-    )  # takes a while to import, so only when a picture is asked for
+def name_ends(axis, ends):
+    """Each curve's name beside the panel, in its colour, at the height of its end or near it."""
+    low, high = axis.get_ylim()
+    heights = [(end[1] - low) / (high - low) for _, end, _ in ends]
+    places, floor = {}, 0.0
+    for i in sorted(range(len(ends)), key=heights.__getitem__):
+        places[i] = max(heights[i], floor)
+        floor = places[i] + LINE
+    over = max(0.0, floor - LINE - 1.0)
+    right = axis.get_xlim()[1]
+    for i, (curve, end, colour) in enumerate(ends):
+        final = verify.plus_minus(verify.spread([run.val_loss for run in curve.runs]))
+        near = end[0] > 0.8 * right  # a line to an end far away would cross the others
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5)}
+        axis.annotate(
+            f"{printable(curve.label, 60)}  {final} ({len(curve.runs)})",
+            end,
+            xytext=(1.03, places[i] - over),
+            textcoords="axes fraction",
+            color=colour,
+            fontsize=7,
+            va="center",
+            annotation_clip=False,
+            arrowprops=arrow if near else None,
+        )
 
-    if "tokens" in axes and any(run.batch_tokens is None for _, runs in groups for run in runs):
+
+def figure(curves, axes, train=False, target=None, title=""):
+    """A figure with one panel per entry of `axes` ("time", "tokens"), names at its right."""
+    from matplotlib.figure import Figure  # takes a while to import
+
+    if any(run.tokens(0) is None for curve in curves for run in curve.runs):
         axes = ["steps" if x == "tokens" else x for x in axes]
-    rows = len(groups)
-    picture = Figure(
-        figsize=(6.2 * len(axes) + 0.6, 4.6 + 0.2 * rows), dpi=120, layout="constrained"
-    )
+    picture = Figure(figsize=(5.2 * len(axes) + 3.0, 4.8), dpi=120, layout="constrained")
     panels = picture.subplots(1, len(axes), squeeze=False)[0]
-    for panel, x in zip(panels, axes):
-        draw(panel, groups, x, target)
-    handles = max(
-        (panel.get_legend_handles_labels() for panel in panels), key=lambda pair: len(pair[0])
-    )
-    picture.legend(
-        *handles,
-        loc="outside lower center",
-        fontsize=8 if len(axes) > 1 else 7,
-        frameon=False,
-        ncols=1 if rows < 5 else 2,
-    )
+    for panel, x in zip(panels, axes, strict=True):
+        ends = draw(panel, curves, x, train, target)
+    name_ends(panels[-1], ends)
     if title:
         picture.suptitle(title, fontsize=11)
     return picture
@@ -180,27 +219,19 @@ def save(picture, path):
     """Write the picture, in the format that the file's ending names."""
     buffer = io.BytesIO()
     suffix = os.path.splitext(path)[1][1:]
+    # No version of the library in it: the same picture is the same file.
     picture.savefig(buffer, format=suffix, metadata={"Software": None} if suffix == "png" else None)
     write_atomic(path, buffer.getvalue())
 
 
-@command("plot")
-def main(argv) -> int:
+def parse_args(argv):
     parser = Parser("plot", __doc__)
-    parser.add_argument(
-        "logs", nargs="+", metavar="LOG", help="logs, record folders, or folders of logs"
-    )
-    parser.add_argument(
-        "-o", "--out", required=True, metavar="FILE", help=f"picture to write: {', '.join(FORMATS)}"
-    )
-    parser.add_argument(
-        "--target",
-        type=float,
-        help="draw a line at this loss (default: the logs' own, if they agree)",
-    )
-    parser.add_argument(
-        "--x", choices=("time", "tokens", "both"), default="both", help="default: %(default)s"
-    )
+    add = parser.add_argument
+    add("logs", nargs="+", metavar="LOG", help="logs, record folders, or folders of logs")
+    add("-o", "--out", required=True, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
+    add("--train", action="store_true", help="the smoothed training loss, too")
+    add("--target", type=float, help="a line at this loss (default: the logs' own, if they agree)")
+    add("--x", choices=("time", "tokens", "both"), default="both", help="default: %(default)s")
     args = parser.parse_args(argv)
     if os.path.splitext(args.out)[1] not in FORMATS:
         raise BadInput(f"{printable(args.out)} must end in {', '.join(FORMATS)}")
@@ -209,23 +240,33 @@ def main(argv) -> int:
     for path in args.logs:
         if not os.path.exists(path):
             raise BadInput(f"{printable(path)} does not exist; give logs or folders")
-    groups = load(args.logs)
-    if not groups:
-        raise BadInput(
-            f"no validation line in {printable(' '.join(args.logs))}; give training logs"
-        )
-    targets = {logs.number((run.config or {}).get("target")) for _, runs in groups for run in runs}
-    target = (
-        args.target if args.target is not None else targets.pop() if len(targets) == 1 else None
-    )
+    need("matplotlib")
+    return args
+
+
+@command("plot")
+def main(argv) -> int:
+    args = parse_args(argv)
+    curves = load(args.logs)
+    if not curves:
+        shown = printable(" ".join(args.logs))
+        raise BadInput(f"no validation line in {shown}; give training logs")
+    runs = [run for curve in curves for run in curve.runs]
+    targets = {logs.number((run.config or {}).get("target")) for run in runs}
+    target = args.target
+    if target is None and len(targets) == 1:
+        target = targets.pop()
     axes = ["time", "tokens"] if args.x == "both" else [args.x]
-    if all(time is None for _, runs in groups for run in runs for _, _, time in run.val):
+    if all(ms is None for run in runs for _, _, ms in run.val):
         if args.x == "time":
             raise BadInput("these logs hold no times; use --x tokens")
         axes = ["tokens"]
-    save(figure(groups, axes, target), args.out)
-    runs = sum(len(runs) for _, runs in groups)
-    emit(
-        f"{args.out}: {runs} run{'s' * (runs != 1)} of {len(groups)} source{'s' * (len(groups) != 1)}"
-    )
+    if args.train and not any(run.train for run in runs):
+        raise BadInput("these logs hold no training losses; leave --train out")
+    save(figure(curves, axes, args.train, target), args.out)
+    done = f"{args.out}: {len(runs)} run{'s' * (len(runs) != 1)} in {len(curves)} curve"
+    done += "s" * (len(curves) != 1)
+    if not args.train and all(len(run.val) < 2 for run in runs):
+        done += "; each was validated once, --train draws what came before"
+    emit(done)
     return 0

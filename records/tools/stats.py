@@ -3,10 +3,14 @@
 import math
 
 CONFIDENCE = 0.95
+# What a race is decided by, unless its flags say otherwise; records are held to these.
+ALPHA = 0.01  # level of the whole race, or of a record's claim
+LOSS_MARGIN = 0.005  # nats per token; a third of a percent of a loss of 1.5
+MIN_PAIRS = 3  # no look before this many rounds
 
 
 def mean_std(values) -> dict:
-    """{"mean", "std"}: of the sample; None where there are too few values. None among the values is left out."""
+    """{"mean", "std"} of a sample without its Nones; None where it is too small."""
     values = [value for value in values if value is not None]
     if not values:
         return {"mean": None, "std": None}
@@ -18,7 +22,7 @@ def mean_std(values) -> dict:
 
 
 def p_less(values, bound: float = 0.0) -> float | None:
-    """One-sided p-value of a t-test that the mean of `values` is below `bound`. None for fewer than two values."""
+    """One-sided p of a t-test that the mean is below `bound`. None for fewer than two values."""
     if len(values) < 2:
         return None
     if max(values) == min(values):  # the t statistic is infinite or 0/0
@@ -36,3 +40,44 @@ def half_interval(values, confidence: float = CONFIDENCE) -> float | None:
 
     quantile = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
     return quantile * mean_std(values)["std"] / math.sqrt(len(values))
+
+
+def compare(times, losses, margin: float) -> dict:
+    """What pairs of runs say. times, losses: {"reference": [...], "candidate": [...]}, paired.
+
+    The ratio is the geometric mean of candidate time / reference time, ci the t interval of the
+    paired log ratios, the four p-values those of one-sided paired t-tests."""
+    slower = [math.log(b / a) for a, b in zip(times["reference"], times["candidate"], strict=True)]
+    worse = [b - a for a, b in zip(losses["reference"], losses["candidate"], strict=True)]
+    centre, half = mean_std(slower)["mean"], half_interval(slower)
+    found = {"n": len(slower), "ratio": None, "ci": None}
+    if slower:
+        found["ratio"] = math.exp(centre)
+    if half is not None:
+        found["ci"] = [math.exp(centre - half), math.exp(centre + half)]
+    return found | {
+        "p_value": p_less(slower),
+        "p_slower": p_less([-x for x in slower]),
+        "p_loss_not_worse": p_less(worse, margin),
+        "p_loss_worse": p_less([-x for x in worse], -margin),
+        "loss_reference": mean_std(losses["reference"]),
+        "loss_candidate": mean_std(losses["candidate"]),
+    }
+
+
+def verdict(found: dict, level: float) -> str | None:
+    """Of what compare() found: "yes" where the candidate is faster at equal loss, "no" where it is
+    slower or its loss worse, None where `level` decides neither."""
+    if found["n"] < 2:
+        return None
+    if found["p_value"] < level and found["p_loss_not_worse"] < level:
+        return "yes"
+    if found["p_slower"] < level or found["p_loss_worse"] < level:
+        return "no"
+    return None
+
+
+def planned_looks(runs: int, looks: int) -> list[int]:
+    """Rounds after which a race of `runs` rounds may be decided."""
+    rounds = (max(MIN_PAIRS, math.ceil(runs * i / looks)) for i in range(1, looks + 1))
+    return sorted({min(runs, number) for number in rounds})

@@ -1,20 +1,23 @@
-"""Time to nanoGPT's final validation loss: our laptop run against nanoGPT's own recipe for a CPU, on the same bytes.
+"""Time to nanoGPT's final validation loss: our laptop run against nanoGPT's own recipe for a CPU,
+on the same bytes.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m records vs_nanogpt nanoGPT [--runs 3] [-- flags for train_gpt.py]
 
 Each pair, in alternating order, on the same cores:
-    nanoGPT   the command of its README for "only a macbook": 4 layers of 128, rows of 64, 12 rows a step, 2000 steps.
-              Its time is the sum of its own per-iteration times, without evaluations, checkpoints and start: the
-              first iteration, whose time holds the first evaluation, counts as the median of the others.
+    nanoGPT   the command of its README for "only a macbook": 4 layers of 128, rows of 64, 12 rows
+              a step, 2000 steps. Its time is the sum of its own per-iteration times, without
+              evaluations, checkpoints and start: the first iteration, whose time holds the first
+              evaluation, counts as the median of the others.
     ours      train_gpt.py --preset laptop --val_every 10, its clock stopped during validation.
-nanoGPT's final loss is computed here from its checkpoint, over the very validation tokens that ours is validated on,
-in rows of nanoGPT's own length; its own estimate, from 20 random batches, is shown beside it. Our time is the
-train_time of the first validation at or below that loss, so it is rounded up to the next ten steps.
+nanoGPT's final loss is computed here from its checkpoint, over the very validation tokens that ours
+is validated on, in rows of nanoGPT's own length; its own estimate, from 20 random batches, is shown
+beside it. Our time is the train_time of the first validation at or below that loss, so it is
+rounded up to the next ten steps.
 
-Writes the shards' tokens to NANOGPT/data/laptop_bytes, and everything else to a new folder (--out). Needs nothing
-beyond requirements.txt. Exit code 0: measured; 1: a run failed; 2: misuse; 130: interrupted.
-"""
+Writes the shards' tokens to NANOGPT/data/laptop_bytes, and everything else to a new folder (--out).
+Needs nothing beyond requirements.txt. Exit code 0: measured; 1: a run failed; 2: misuse; 130:
+interrupted."""
 
 import pickle
 import re
@@ -25,22 +28,25 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
 from data import shards
-from records.tools import race
+from records.tools import logs
 from records.tools.command import BadInput, Parser, command, number_in, write_json
-from records.tools.runs import Failed, Interrupted, call, interruptible, machine
+from records.tools.runs import Failed, Interrupted, call, environment, interruptible, machine, train
+
+ROOT = Path(__file__).resolve().parents[2]
 
 BLOCK = 64
 RECIPE = (
-    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
-    f"--block_size={BLOCK} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0"
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 "
+    f"--log_interval=1 --block_size={BLOCK} --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 "
+    f"--dropout=0.0"
 ).split()
 ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.M)
 ESTIMATE = re.compile(r"^step (\d+): train loss \S+, val loss (\S+)", re.M)
 VALIDATION = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms", re.M)
 
-# Runs in a process of its own, with nanoGPT's model.py: mean loss of its checkpoint over tokens[1:], in nats per token.
+# Runs in a process of its own, with nanoGPT's model.py: mean loss of its checkpoint over
+# tokens[1:], in nats per token.
 EVALUATE = """
 import sys
 import numpy as np, torch
@@ -59,7 +65,8 @@ print("loss", float(total) / int(count))
 
 
 def read_shards(pattern: str) -> np.ndarray:
-    """Tokens of all shards that match, uint16 [n]. Raises BadInput where there is none, or one is not a shard."""
+    """Tokens of all shards that match, uint16 [n]. Raises BadInput where there is none, or one is
+    not a shard."""
     path = Path(pattern)
     paths = sorted(path.parent.glob(path.name))
     if not paths:
@@ -77,7 +84,8 @@ def convert(nanogpt: Path, train: np.ndarray, val: np.ndarray):
 
 
 def read_nanogpt(output: str, steps: int) -> dict:
-    """Train time in ms and own estimate of the final loss, from what its train.py printed. Raises Failed if cut off."""
+    """Train time in ms and own estimate of the final loss, from what its train.py printed. Raises
+    Failed if cut off."""
     times = {int(step): float(ms) for step, ms in ITERATION.findall(output)}
     estimates = {int(step): float(loss) for step, loss in ESTIMATE.findall(output)}
     if steps not in estimates or any(step not in times for step in range(steps)):
@@ -102,12 +110,13 @@ def run_nanogpt(nanogpt: Path, steps: int, folder: Path, timeout) -> dict:
         "--dataset=laptop_bytes",
         f"--out_dir={folder.resolve()}",
     ]
-    call(command, folder / "output", timeout, cwd=nanogpt)
+    call(command, folder / "output", timeout, environment(), cwd=nanogpt)
     return read_nanogpt((folder / "output").read_text(), steps)
 
 
 def evaluate_nanogpt(nanogpt: Path, folder: Path, count: int, timeout) -> float:
-    """Loss of the checkpoint in `folder` over the predictions of val tokens 1..count, nats per token."""
+    """Loss of the checkpoint in `folder` over the predictions of val tokens 1..count, nats per
+    token."""
     tokens = (nanogpt / "data" / "laptop_bytes" / "val.bin").resolve()
     command = [
         sys.executable,
@@ -119,12 +128,13 @@ def evaluate_nanogpt(nanogpt: Path, folder: Path, count: int, timeout) -> float:
         count,
         BLOCK,
     ]
-    call([str(part) for part in command], folder / "evaluation", timeout)
+    call(command, folder / "evaluation", timeout)
     return float((folder / "evaluation").read_text().split()[-1])
 
 
 def first_at(log: str, loss: float) -> tuple[int, int] | None:
-    """(step, train time in ms) of the first validation at or below `loss`, or None where it is never reached."""
+    """(step, train time in ms) of the first validation at or below `loss`, or None where it is
+    never reached."""
     for step, val_loss, ms in VALIDATION.findall(log):
         if float(val_loss) <= loss:
             return int(step), int(ms)
@@ -149,14 +159,14 @@ def one_pair(number: int, args, flags, val_size: int) -> dict:
     ]
     jobs = {
         "nanoGPT": lambda: run_nanogpt(args.nanogpt, args.steps, theirs_in, args.timeout),
-        "ours": lambda: race.train(args.script, ours_flags, ours_in, args.timeout),
+        "ours": lambda: train(args.script, ours_flags, ours_in, args.timeout),
     }
     done = {}
     for name in sorted(jobs, reverse=number % 2 == 1):
         print(f"pair {number + 1}/{args.runs}: {name} ...", flush=True)
         done[name] = jobs[name]()
     theirs, ours = done["nanoGPT"], done["ours"]
-    count = min(int(ours.line["val_tokens"]), val_size - 1) // BLOCK * BLOCK
+    count = min(int(ours.line["config"]["val_tokens"]), val_size - 1) // BLOCK * BLOCK
     loss = evaluate_nanogpt(args.nanogpt, theirs_in, count, args.timeout)
     reached = first_at(ours.log.read_text(), loss)
     return {
@@ -182,7 +192,7 @@ def summary(pairs, args, flags) -> dict:
         "nanogpt_steps": args.steps,
         "flags": flags,
         "machine": machine(),
-        "source_sha256": race.sha256(args.script),
+        "source_sha256": logs.sha256_file(args.script),
         "pairs": pairs,
     }
 
@@ -204,13 +214,15 @@ def print_table(found: dict):
         print("\nours does not reach nanoGPT's loss in every pair: no ratio")
     else:
         print(
-            f"\nours needs {found['ratio_median']:.3f} of nanoGPT's time to its final loss (median of {found['n']}; "
-            f"{found['ratio_min']:.3f} to {found['ratio_max']:.3f}) on {found['machine']}"
+            f"\nours needs {found['ratio_median']:.3f} of nanoGPT's time to its final loss "
+            f"(median of {found['n']}; {found['ratio_min']:.3f} to {found['ratio_max']:.3f}) on "
+            f"{found['machine']}"
         )
     print(f"""
-Compared: train time alone on both sides, the same bytes and cores, loss over the same validation tokens (the first
-{found["pairs"][0]["val_tokens"]:,}). Each side keeps its own model, batch, precision, schedule and row length
-(nanoGPT's is {BLOCK}): recipes are compared, not single ideas, and the longer rows are part of ours.
+Compared: train time alone on both sides, the same bytes and cores, loss over the same validation
+tokens (the first {found["pairs"][0]["val_tokens"]:,}). Each side keeps its own model, batch,
+precision, schedule and row length (nanoGPT's is {BLOCK}): recipes are compared, not single ideas,
+and the longer rows are part of ours.
 """)
 
 

@@ -1,0 +1,1 @@
+"""Records, and the tools that judge them. A package, or another `records` could stand before it."""
