@@ -82,7 +82,7 @@ Optimizer.step = planted
 
 LINES = {
     "graph break": "torch._dynamo.graph_break()",
-    "wait": ".item()",
+    "wait": "self.weights.sum().item()",
     "does not run": "huge[(1,)]",
 }
 
