@@ -31,6 +31,7 @@ import glob
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -39,6 +40,7 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import uuid
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -89,28 +91,50 @@ class Config:
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
     # data
     batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
+    extension: int = 0  # last updates, for which the last value of every longer tuple is meant
     seq_len: int = 1024  # tokens per row
+    max_document: int = 0  # rows start at documents, each cut to so many tokens (9/2025); 0: off
     val_tokens: int = 10485760  # validation tokens, the same ones every time
+    val_seq_len: int = 0  # tokens per row of validation; 0: seq_len
     val_every: int = 125  # updates between validations; 0: only at the end
     epochs_allowed: int = 1  # how often the training tokens may be seen
     spread_rows: bool = False  # rows from all over the data: for data that is not shuffled
-    # model
+    # model; (month/year) is that of the public record which showed what a piece is worth
     vocab_size: int = 50257  # tokens in the data; the last one marks the start of a document
     n_layer: int = 12  # blocks
     n_head: int = 6  # attention heads
     n_embd: int = 768  # width
     value_residual: bool = True  # mix the first block's values into every block's
     embed_residual: bool = True  # mix the normed embedding into every block's input
+    residual_scale: float = 1.0  # first factor on every block's input (11/2025)
     untie_head: bool = True  # lm_head has weights of its own
+    tied_share: float = 0.0  # ... but is one with wte for this share of the run (12/2025)
     zero_init: bool = True  # lm_head, o and down start at zero
+    init_qkv: float = 1.0  # factor on the first values of q, k and v, U(±1/√in)
+    init_up: float = 1.0  # ... and of the MLP's up
     ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
     ngram_rows: int = 16384  # of each table of such embeddings; n-grams share rows by hash
+    bigram_rows: int = 0  # of a table of hashed bigrams, added before every block (1/2026); 0: off
+    value_embeds: bool = False  # tables of values for the outer layers, gated (12/2024, 12/2025)
+    smear: bool = False  # add a gated share of the previous token's embedding (9/2025)
+    middle_skip: bool = False  # no attention in the middle, but a gated skip (12/2024, 11/2025)
+    backout: bool = False  # take off the head's input what the stream held at 2/3 depth (10/2025)
+    attention_gate: bool = False  # a gate on every head's output (8/2025)
+    attention_factors: bool = False  # learned factors on values and output (12/2025)
+    attention_scale: float = 0.0  # of the scores (1/2025); 0: 1/√head_dim
+    paired_heads: bool = False  # in outer short layers, two heads share a sequence (1/2026)
+    key_offset: bool = False  # half of a long layer's key is the previous token's (12/2025)
+    half_rotary: bool = False  # half of a head's dims do not rotate (12/2024)
+    yarn: bool = False  # rotary and scores follow the window as it grows (9/2025)
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
+    sigmoid_softcap: bool = False  # 23 * sigmoid((logits + 5) / 7.5) instead (12/2025)
+    multi_token: bool = False  # training: also predict the next two tokens, less and less (12/2025)
     qk_norm: bool = True  # RMSNorm on queries and keys
-    bf16: bool = True  # activations and wte in bfloat16, other weights cast at use
+    bf16: bool = True  # activations and tables in bfloat16, other weights cast at use
     doc_mask: bool = False  # tokens attend within their own document only
-    window: tuple[int, ...] = (0,)  # tokens that a short layer looks back; 0: no limit
-    window_pattern: str = "L"  # S(hort) and L(ong) layers, repeated over the depth
+    window: tuple[int, ...] = (0,)  # tokens that a layer looks back; 0: no limit
+    short_window: tuple[int, ...] = (0,)  # ... but for two long layers; 0: as those (1/2025)
+    final_window: int = 0  # window of the last validation; 0: as before (9/2025)
     attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex if compiled, masked, on CUDA
     # optimizers
     matrix_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden matrices
@@ -122,14 +146,25 @@ class Config:
     lr_scalar: float = 0.02  # Adam's rate for the lambdas
     momentum: float = 0.95  # Muon's, after a warm-up from 0.85
     momentum_warmup: int = 500  # updates
+    momentum_cooldown: int = 0  # last updates, in which it falls back to 0.85 (9/2025)
+    momentum_ema: bool = False  # (1 - momentum) of each gradient goes in, not all of it
     normuon: float = 0.0  # decay of NorMuon's mean square of each neuron's update; 0: plain Muon
+    polar_express: bool = False  # Newton-Schulz with the coefficients of arXiv 2505.16932 (9/2025)
+    lr_down: float = 1.0  # factor on the rate of the MLP's down (12/2025)
+    lr_table: float = 0.6  # Adam's rate for value embeddings and bigrams
+    lr_gate: float = 0.008  # Adam's rate for gates
     beta1: float = 0.9  # Adam's
     beta2: float = 0.95  # Adam's
     adam_eps: float = 1e-8  # Adam's
+    adam_every: int = 1  # updates whose gradients Adam sums for one of its own (9/2025)
+    adam_table: bool = False  # betas and decay by kind of parameter (12/2025, 1/2026)
+    decay_muon: float = 0.0  # cautious weight decay, times rate squared (11/2025)
+    decay_adam: float = 0.0  # ... with adam_table's factors (12/2025)
+    sum_loss: bool = False  # gradients of the sum over tokens / 8: they grow with the batch
     lr_factor: tuple[float, ...] = (1.0,)  # on all rates
     warmup: int = 0  # updates of linear learning-rate warm-up
-    cooldown: float = 0.2856  # share of the run, at its end, in which the rates fall
-    lr_floor: float = 0.0  # ... to this share of themselves
+    cooldown: float = 926 / 3242  # share of the run, at its end, in which the rates fall
+    lr_floor: float = 0.0  # ... to this share of the unfactored rates
     # methods
     relora: int = 0  # ReLoRA: rank of the adapters; 0: off
     relora_scale: float = 0.25  # of what the adapters add: alpha / rank
@@ -167,6 +202,10 @@ class Config:
         check_config(self)
 
     @property
+    def val_len(self):
+        return self.val_seq_len or self.seq_len
+
+    @property
     def padded_vocab(self):
         return -(-self.vocab_size // 64) * 64  # matmuls like multiples of 64
 
@@ -182,32 +221,86 @@ def check_config(c):
     shares = max(c.momentum, c.beta1, c.beta2, c.normuon, c.sparsity)
     refuse(shares >= 1, f"{shares}: momentum, betas, --normuon and --sparsity must be below 1")
     refuse(not all(c.batch_tokens), "--batch_tokens must be above 0")
-    for tokens in (*c.batch_tokens, c.val_tokens):
+    for tokens in c.batch_tokens:
         refuse(tokens % c.seq_len, f"{tokens} tokens are no multiple of --seq_len {c.seq_len}")
+    refuse(c.val_tokens % c.val_len, f"--val_tokens must be a multiple of {c.val_len}, its row")
     longest = max(c.warmup, c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval)
     refuse(longest > c.steps, f"--steps {c.steps} end before a warm-up or interval of {longest}")
     refuse(max(c.relora, c.galore) > c.n_embd, f"--relora and --galore: at most rank {c.n_embd}")
     refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
     refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
-    letters = {"L", "S"} if any(c.window) else {"L"}
-    fits = set(c.window_pattern) | {"L"} == letters
-    refuse(
-        not fits, "--window_pattern: letters L and S only, an S if and only if there is a --window"
-    )
+    refuse(any(c.short_window) and not any(c.window), "--short_window needs a --window")
+    refuse(c.paired_heads and c.n_head % 2, "--paired_heads needs an even --n_head")
+    refuse(c.key_offset and not c.half_rotary, "--key_offset needs --half_rotary")
+    odd = c.checkpoint_every % c.adam_every  # then gradients would be on their way
+    refuse(odd, f"--checkpoint_every must be a multiple of --adam_every {c.adam_every}")
+    refuse(c.extension >= c.steps, "--extension is longer than the run")
     refuse(c.generate and not c.checkpoint, "--generate needs --checkpoint PATH (or latest)")
     methods = [c.relora, c.galore, c.sparsity or c.mup_base_width]
     refuse(sum(map(bool, methods)) > 1, "--relora, --galore and SuPar exclude each other")
 
 
+# Record 62 of 19 January 2026, complete; numbers by its own log
+JANUARY_2026 = dict(
+    steps=1600,
+    extension=40,
+    batch_tokens=(131072, 262144, 393216, 393216),
+    seq_len=16384,
+    max_document=2048,
+    val_seq_len=65536,
+    val_every=250,
+    n_layer=11,
+    value_residual=False,
+    residual_scale=1.1,
+    tied_share=2 / 3,
+    init_qkv=3**0.5,
+    init_up=0.5 * 3**0.5,
+    bigram_rows=5 * 50304,
+    value_embeds=True,
+    smear=True,
+    middle_skip=True,
+    backout=True,
+    attention_gate=True,
+    attention_factors=True,
+    attention_scale=0.1,
+    paired_heads=True,
+    key_offset=True,
+    half_rotary=True,
+    yarn=True,
+    sigmoid_softcap=True,
+    multi_token=True,
+    doc_mask=True,
+    window=(384, 896, 1408, 1664),
+    short_window=(128, 384, 640, 768),
+    final_window=2560,
+    lr_muon=0.023,
+    lr_down=4.0,
+    lr_embed=0.008,
+    lr_head=0.008,
+    lr_scalar=0.04,
+    momentum_warmup=300,
+    momentum_cooldown=50,
+    momentum_ema=True,
+    normuon=0.95,
+    polar_express=True,
+    adam_eps=1e-10,
+    adam_every=2,
+    adam_table=True,
+    decay_muon=1.2,
+    decay_adam=0.005,
+    sum_loss=True,
+    lr_factor=(1.0, 1.52, 1.73, 1.73),
+    cooldown=0.55,
+    lr_floor=0.1,
+)
+# Wider models by muP (arXiv 2203.03466): lm_head's rate falls with the width. Never run.
+MEDIUM = dict(steps=6000, target=2.92, n_layer=24, n_head=8, n_embd=1024, lr_head=0.006)
+XL = dict(steps=10000, target=2.8, n_layer=48, n_head=25, n_embd=1600, lr_head=0.0038)
 PRESETS = {
     "nov2024": Config("nov2024"),  # the fields' defaults: 8xH100 record of 8 November 2024
-    "gpt2_small": Config("gpt2_small", normuon=0.95),
-    "gpt2_medium": Config(
-        "gpt2_medium", steps=6000, target=2.92, n_layer=24, n_head=8, n_embd=1024, normuon=0.95
-    ),
-    "gpt2_xl": Config(
-        "gpt2_xl", steps=10000, target=2.8, n_layer=48, n_head=25, n_embd=1600, normuon=0.95
-    ),
+    "gpt2_small": Config("gpt2_small", **JANUARY_2026),
+    "gpt2_medium": Config("gpt2_medium", **JANUARY_2026 | MEDIUM),
+    "gpt2_xl": Config("gpt2_xl", **JANUARY_2026 | XL | dict(paired_heads=False)),
     "laptop": Config(
         "laptop",
         steps=181,
@@ -227,7 +320,7 @@ PRESETS = {
         lr_head=0.008,
         momentum_warmup=40,
         normuon=0.95,
-        cooldown=0.6,
+        cooldown=109 / 181,
         lr_floor=0.1,
         train_files="data/laptop/laptop_train_*.bin",
         val_files="data/laptop/laptop_val_*.bin",
@@ -340,11 +433,8 @@ def init_runtime(c):
     world_size, gpus = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.device_count()
     cuda = gpus > 0 if c.device == "auto" else c.device == "cuda"
     refuse(cuda and local_rank >= gpus, f"{local_rank + 1} processes, but {gpus} usable GPUs here")
-    for tokens in (*c.batch_tokens, c.val_tokens):
-        rows = tokens // c.seq_len
-        refuse(
-            rows % world_size, f"{world_size} processes do not divide {rows} rows of {c.seq_len}"
-        )
+    for rows in (*(tokens // c.seq_len for tokens in c.batch_tokens), c.val_tokens // c.val_len):
+        refuse(rows % world_size, f"{world_size} processes do not divide a batch of {rows} rows")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -361,13 +451,19 @@ HEADER_BYTES = (
 
 class Shards:
     """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
-    names. A row shares its last token with the next one; none crosses from shard to shard."""
+    names; none crosses from shard to shard. A row shares its last token with the next one, or, with
+    max_document, starts at a document; mark: the token that stands before each."""
 
-    def __init__(self, pattern: str, flag: str, seq_len: int):
+    def __init__(self, pattern: str, flag: str, seq_len: int, max_document: int = 0, mark: int = 0):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
-        self.first = np.cumsum([0, *((shard_tokens(path) - 1) // seq_len for path in self.paths)])
+        self.packed = []  # of each shard: rows of documents, as (start, tokens)
+        counts = [(shard_tokens(path) - 1) // seq_len for path in self.paths]
+        if max_document:
+            self.packed = [pack(path, mark, seq_len + 1, max_document) for path in self.paths]
+            counts = map(len, self.packed)
+        self.first = np.cumsum([0, *counts])
 
     def __len__(self):
         return int(self.first[-1])
@@ -378,9 +474,13 @@ class Shards:
         rows = []
         for number in numbers:
             shard = np.searchsorted(self.first, number, side="right") - 1
-            start = HEADER_BYTES + 2 * self.seq_len * int(number - self.first[shard])
-            rows.append(np.fromfile(self.paths[shard], "<u2", self.seq_len + 1, offset=start))
-            refuse(len(rows[-1]) <= self.seq_len, f"{self.paths[shard]}: cut short during the run")
+            path, row = self.paths[shard], int(number - self.first[shard])
+            parts = [(row * self.seq_len, self.seq_len + 1)]
+            if self.packed:
+                parts = self.packed[shard][row]
+            tokens = [read_shard(path, start, count) for start, count in parts]
+            rows.append(np.concatenate(tokens))
+            refuse(len(rows[-1]) <= self.seq_len, f"{path}: cut short during the run")
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -390,6 +490,27 @@ class Shards:
             files = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
             names = map(os.path.basename, self.paths)
             return {name: files[name]["sha256"] if name in files else None for name in names}
+
+
+def read_shard(path, start=0, count=-1):
+    return np.fromfile(path, "<u2", count, offset=HEADER_BYTES + 2 * start)
+
+
+def pack(path, mark, room, max_document):
+    """Rows of `room` tokens out of a shard's documents in their order, each cut to max_document and
+    to what is left of its row: what is cut off is never read (records of 12 July, 3 September
+    2025)."""
+    rows, row, left = [], [], room
+    tokens = read_shard(path)
+    starts = np.flatnonzero(tokens == mark)
+    lengths = np.diff(starts, append=len(tokens)).clip(max=max_document)
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        row.append((start, min(length, left)))
+        left -= row[-1][1]
+        if left == 0:
+            rows.append(row)
+            row, left = [], room
+    return rows
 
 
 def shard_tokens(path):
@@ -408,7 +529,7 @@ class Batches:
 
     def __init__(self, shards: Shards, c: Config):
         self.shards, self.stride = shards, 1
-        rows = [at_step(c.batch_tokens, step, c.steps) // c.seq_len for step in range(c.steps)]
+        rows = [at_step(c.batch_tokens, step, c) // c.seq_len for step in range(c.steps)]
         self.first = np.cumsum([0, *rows])  # row of each step; the next step's is where it ends
         self.count = len(shards) // max(rows) * max(rows)  # rows in an epoch
         short = sum(rows) > self.count * c.epochs_allowed
@@ -444,55 +565,80 @@ def seeded(*where):
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
-def layer_windows(c, window):
-    """Tokens that each layer looks back; 0: no limit. The pattern is repeated over the depth."""
-    letters = c.window_pattern * c.n_layer
-    return [window if letter == "S" else 0 for letter in letters[: c.n_layer]]
+@dataclasses.dataclass
+class Layer:
+    """The roles of one layer."""
+
+    attention: bool = True
+    long: bool = True  # looks back by window, not by short_window
+    paired: bool = False
+    offset: bool = False  # its keys
+    table: int | None = None  # of value_embeds
+    skip: int | None = None  # the layer whose output is added before this one
 
 
-def attention_mask(tokens, window, c):
-    """The one attention rule, for tokens [B, T]: causal; within `window` tokens, if not 0; with
-    doc_mask within a document. Returns what the backend wants: None (plain causal), a BlockMask, or
-    bool [B or 1, 1, T, T]."""
-    B, T = tokens.shape
-    if not (0 < window < T or c.doc_mask):
+def layer_plan(c: Config) -> list[Layer]:
+    """What each layer does. Rules that give the public record's numbers at 11 layers; 4 at
+    least."""
+    n, middle = c.n_layer, (c.n_layer + 1) // 2
+    plan = [Layer() for _ in range(n)]
+    for i, layer in enumerate(plan):
+        layer.attention = not (c.middle_skip and i == middle)
+        layer.long = i in (middle // 2, n - 1) or not any(c.short_window)
+        outer = i in (0, 2, middle - 1, n - 2)
+        layer.paired = c.paired_heads and outer and layer.attention and not layer.long
+        layer.offset = c.key_offset and layer.long
+    if c.middle_skip:
+        plan[middle].skip = middle // 2
+    if c.value_embeds:
+        for i, table in {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2}.items():
+            plan[i].table = table if plan[i].attention else None
+    return plan
+
+
+def attention_mask(docs, window, c):
+    """The one attention rule, for document numbers [B, T]: causal; back by `window` tokens, if not
+    0; with doc_mask within a document. Returns what the backend wants: None (plain causal), a
+    BlockMask, or bool [B or 1, 1, T, T]."""
+    B, T = docs.shape
+    if not (0 < window < T - 1 or c.doc_mask):
         return None
-    docs = (tokens == c.vocab_size - 1).cumsum(1)
     rows = B if c.doc_mask else 1
 
     def allowed(b, h, q, k):
         ok = q >= k
         if window:
-            ok = ok & (q - k < window)
+            ok = ok & (q - k <= window)
         if c.doc_mask:
             ok = ok & (docs[b, q] == docs[b, k])
         return ok
 
     if c.attention == "flex":
-        return create_block_mask(allowed, rows, None, T, T, device=tokens.device)
-    b = torch.arange(rows, device=tokens.device).view(-1, 1, 1, 1)
-    t = torch.arange(T, device=tokens.device)
+        return create_block_mask(allowed, rows, None, T, T, device=docs.device)
+    b = torch.arange(rows, device=docs.device).view(-1, 1, 1, 1)
+    t = torch.arange(T, device=docs.device)
     return allowed(b, 0, t[:, None], t)
 
 
-def attend(q, k, v, mask):
+def attend(q, k, v, mask, scale):
     """Attention over [B, T, H, head_dim] under an attention_mask, which knows the backend."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask)
+        y = flex_attention(q, k, v, block_mask=mask, scale=scale)
     else:
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        causal = mask is None
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
     return y.transpose(1, 2)
 
 
 class Linear(nn.Module):
     """y = x Wᵀ; fp32 weight [out, in], cast at use. transposed: kept as [in, out], so that MLP.down
-    shares a stack with MLP.up. Starts at U(±1/√in), as torch.nn.Linear does, or at zero."""
+    shares a stack with MLP.up. Starts at init·U(±1/√in); torch.nn.Linear's init is 1."""
 
-    def __init__(self, n_in, n_out, zero=False, transposed=False):
+    def __init__(self, n_in, n_out, init=1.0, transposed=False):
         super().__init__()
         self.n_in, self.n_out, self.transposed = n_in, n_out, transposed
-        self.bound = 0.0 if zero else n_in**-0.5
+        self.bound = init * n_in**-0.5
         self.weight = nn.Parameter(torch.zeros((n_in, n_out) if transposed else (n_out, n_in)))
 
     def init(self, generator):
@@ -522,10 +668,28 @@ class Embedding(nn.Module):
         return F.embedding(rows, self.weight)
 
 
+class Gate(Linear):
+    """Shares in (0, 1), a half at first, of the first 12 dims: [B, T, D] to [B, T, n_out]."""
+
+    def __init__(self, n_out):
+        super().__init__(12, n_out, init=0.0)
+
+    def forward(self, x):
+        return torch.sigmoid(super().forward(x[..., :12]))
+
+
+def bigram_rows(tokens, rows):
+    """The row of each token's bigram in a hashed table; what no two tokens make has the last one,
+    as in the record of 19 January 2026, where products wrap in int32 and `rows` stands before
+    them."""
+    before = F.pad(tokens[:, 1:-1], (2, 0), value=rows - 1)
+    mixed = (36313 * tokens).int() ^ (27191 * before).int()
+    return F.pad((mixed % (rows - 1))[:, 1:], (1, 0), value=rows - 1)
+
+
 class NGrams(nn.ModuleList):
-    """Embeddings of the last 2, 3, ... n tokens, side by side, found by hash (after the hashed
-    bigrams of the 1.65-minute record, January 2026). All before the row or the document counts as
-    its mark."""
+    """Embeddings of the last 2, 3, ... n tokens, side by side, found by hash. All before the row or
+    the document counts as its mark."""
 
     def __init__(self, c, dtype):
         width = c.n_embd // (c.ngram - 1)
@@ -545,117 +709,234 @@ class NGrams(nn.ModuleList):
         return F.pad(grams, (0, c.n_embd - grams.size(-1)))
 
 
-def rotary_tables(T, head_dim):
-    """cos and sin of every angle: [2, T, 1, head_dim / 2]."""
+def rotary_at(step, c):
+    """(frequencies, factor on the scores) of update `step`. YaRN, arXiv 2309.00071: as the window
+    grows, what turns too rarely within it is slowed down, and the scores grow."""
+    head_dim = c.n_embd // c.n_head
+    scale = c.attention_scale or head_dim**-0.5
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
-    angles = torch.outer(torch.arange(T), frequencies)
-    return torch.stack((angles.cos(), angles.sin())).unsqueeze(2)
+    if c.half_rotary:
+        frequencies = 1024.0 ** -torch.linspace(0, 1, head_dim // 4)
+    windows = dict.fromkeys(at_step(c.window, earlier, c) for earlier in range(step + 1))
+    for old, new in itertools.pairwise(windows if c.yarn else ()):
+        kept = ((old * frequencies / (2 * math.pi) - 1) / 31).clamp(0, 1)  # share, by turns
+        frequencies = frequencies * (old / new * (1 - kept) + kept)
+        scale *= 1 + 0.2 * math.log(new / old)
+    return frequencies, scale
+
+
+def rotary_tables(frequencies, places):
+    """cos and sin at places [T, H or 1]: [2, T, H or 1, frequencies]."""
+    angles = places.unsqueeze(-1) * frequencies
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x, tables):
-    """Rotary position embedding of [B, T, H, head_dim], arXiv 2104.09864; halves, not
-    neighbours."""
+    """Rotary position embedding of [B, T, H, head_dim], arXiv 2104.09864: of the first dims, as
+    many as there are angles for; halves, not neighbours."""
     cos, sin = tables[:, : x.size(1)].to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def interleave(x):
+    """[B, T, H, head_dim] to [B, 2 T, H / 2, head_dim]: head h and head h + H / 2 take turns."""
+    return x.unflatten(2, (2, -1)).flatten(1, 2)
 
 
 class CausalSelfAttention(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.n_head, self.qk_norm = c.n_head, c.qk_norm
-        self.q = Linear(c.n_embd, c.n_embd)
-        self.k = Linear(c.n_embd, c.n_embd)
-        self.v = Linear(c.n_embd, c.n_embd)
-        self.o = Linear(c.n_embd, c.n_embd, zero=c.zero_init)
+        self.config, self.layer = c, layer
+        self.q = Linear(c.n_embd, c.n_embd, c.init_qkv)
+        self.k = Linear(c.n_embd, c.n_embd, c.init_qkv)
+        self.v = Linear(c.n_embd, c.n_embd, c.init_qkv)
+        self.o = Linear(c.n_embd, c.n_embd, 0.0 if c.zero_init else 1.0)
         self.value_lambda = nn.Parameter(torch.tensor(0.5)) if c.value_residual else None
-        tables = rotary_tables(c.seq_len, c.n_embd // c.n_head)
-        self.register_buffer("rotary", tables, persistent=False)
+        self.factors = nn.Parameter(torch.tensor([0.5, 1.0])) if c.attention_factors else None
+        self.gate = Gate(c.n_head) if c.attention_gate else None
+        self.value_gate = None if layer.table is None else Gate(c.n_head)
 
-    def forward(self, x, v1, mask):
-        heads = (self.n_head, -1)
-        q = self.q(x).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
-        k = self.k(x).unflatten(-1, heads)
-        v = self.v(x).unflatten(-1, heads)
-        v1 = v if v1 is None else v1
+    def forward(self, x, shared):
+        c, layer, heads = self.config, self.layer, (self.config.n_head, -1)
+        h = x if self.factors is None else self.factors[0].to(x.dtype) * x
+        q = self.q(h).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
+        k = self.k(h).unflatten(-1, heads)
+        v = self.v(h).unflatten(-1, heads)
         if (
             self.value_lambda is not None
         ):  # value residual, arXiv 2410.17897; λ learned (Grad62304977)
+            v1 = shared.setdefault("v1", v)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
-        if self.qk_norm:  # arXiv 2302.05442
+        if layer.table is not None:
+            values = shared["values"][layer.table].unflatten(-1, heads)
+            v = v + 2 * self.value_gate(x).unsqueeze(-1) * values
+        if c.qk_norm:  # arXiv 2302.05442
             q, k = norm(q), norm(k)
-        y = attend(rotate(q, self.rotary), rotate(k, self.rotary), v, mask)
-        return self.o(y.flatten(-2)), v1
+        tables = shared["rotary"][layer.paired]
+        q, k = rotate(q, tables), rotate(k, tables)
+        if layer.offset:  # the dims that do not rotate; the first token keeps its own
+            still = k[..., k.size(-1) // 2 :]
+            before = torch.cat((still[:, :1], still[:, :-1]), dim=1)
+            k = torch.cat((k[..., : k.size(-1) // 2], before), dim=-1)
+        mask = shared["masks"][layer.long, layer.paired]
+        if layer.paired:
+            y = attend(interleave(q), interleave(k), interleave(v), mask, shared["scale"])
+            y = y.unflatten(1, (-1, 2)).flatten(2, 3)
+        else:
+            y = attend(q, k, v, mask, shared["scale"])
+        if self.gate is not None:
+            y = y * self.gate(x).unsqueeze(-1)
+        y = self.o(y.flatten(-2))
+        return y if self.factors is None else self.factors[1].to(y.dtype) * y
 
 
 class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.up = Linear(c.n_embd, 4 * c.n_embd)
-        self.down = Linear(4 * c.n_embd, c.n_embd, zero=c.zero_init, transposed=True)
+        self.up = Linear(c.n_embd, 4 * c.n_embd, c.init_up)
+        self.down = Linear(4 * c.n_embd, c.n_embd, 0.0 if c.zero_init else 1.0, transposed=True)
+        self.down.weight.lr_mult = c.lr_down
 
     def forward(self, x):
         return self.down(F.relu(self.up(x)).square())  # ReLU², arXiv 2109.08668
 
 
 class Block(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, layer):
         super().__init__()
-        self.attn, self.mlp = CausalSelfAttention(c), MLP(c)
-        self.lambdas = nn.Parameter(torch.tensor([1.0, 0.0])) if c.embed_residual else None
+        self.attn = CausalSelfAttention(c, layer) if layer.attention else None
+        self.mlp = MLP(c)
+        self.x_lambda = nn.Parameter(torch.tensor(c.residual_scale)) if c.embed_residual else None
+        self.x0_lambda = nn.Parameter(torch.tensor(0.0)) if c.embed_residual else None
+        self.bigram_lambda = nn.Parameter(torch.tensor(0.1)) if c.bigram_rows else None
 
-    def forward(self, x, v1, x0, mask):
-        if self.lambdas is not None:  # embedding residual, record of 6 November 2024 (Grad62304977)
-            keep, add = self.lambdas.to(x.dtype)
-            x = keep * x + add * x0
-        y, v1 = self.attn(norm(x), v1, mask)
-        x = x + y
-        return x + self.mlp(norm(x)), v1
+    def forward(self, x, shared):
+        if (
+            self.x_lambda is not None
+        ):  # embedding residual, record of 6 November 2024 (Grad62304977)
+            x = self.x_lambda.to(x.dtype) * x + self.x0_lambda.to(x.dtype) * shared["x0"]
+        if self.bigram_lambda is not None:
+            x = x + self.bigram_lambda.to(x.dtype) * shared["bigrams"]
+        if self.attn is not None:
+            x = x + self.attn(norm(x), shared)
+        return x + self.mlp(norm(x))
 
 
 class GPT(nn.Module):
     """Tokens [B, T] to logits [B, T, padded_vocab] in fp32; with targets [B, T], to the mean
-    cross-entropy in nats. A module's init() is given a generator that its name seeds."""
+    cross-entropy in nats, in training plus what multi_token asks for. A module's init() is given a
+    generator that its name seeds."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.config, self.dtype = c, torch.bfloat16 if c.bf16 else torch.float32
-        if c.untie_head:
-            self.wte = Embedding(c.padded_vocab, c.n_embd, 1.0, self.dtype)
-        else:  # it makes the logits too: then GPT-2's small scale
-            self.wte = Embedding(c.padded_vocab, c.n_embd, 0.02, torch.float32)
+        self.config, self.plan, self.windows = c, layer_plan(c), None
+        self.dtype = torch.bfloat16 if c.bf16 else torch.float32
+        tied = c.tied_share > 0 or not c.untie_head  # wte makes the logits, too: small and exact
+        std = {False: 1.0, True: 0.005 if c.untie_head else 0.02}[tied]
+        self.wte = Embedding(c.padded_vocab, c.n_embd, std, torch.float32 if tied else self.dtype)
         self.ngrams = NGrams(c, self.dtype) if c.ngram else None
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.lm_head = Linear(c.n_embd, c.padded_vocab, zero=c.zero_init)
+        if c.bigram_rows:
+            self.bigrams = Embedding(c.bigram_rows, c.n_embd, 0.0, self.dtype)
+        if c.value_embeds:
+            tables = (Embedding(c.padded_vocab, c.n_embd, 0.0, self.dtype) for _ in range(3))
+            self.value_embeds = nn.ModuleList(tables)
+        self.smear_gate = Gate(1) if c.smear else None
+        self.smear_lambda = nn.Parameter(torch.tensor(0.0)) if c.smear else None
+        self.skip_gate = Gate(1) if c.middle_skip else None
+        self.skip_lambda = nn.Parameter(torch.tensor(-1.5)) if c.middle_skip else None
+        self.backout_lambda = nn.Parameter(torch.tensor(0.5)) if c.backout else None
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in self.plan)
+        self.lm_head = Linear(c.n_embd, c.padded_vocab, 0.0 if c.zero_init else 1.0)
         with torch.no_grad():
             for name, module in self.named_modules():
                 if hasattr(module, "init"):
                     module.init(seeded(c.seed, f"{name}.weight"))
-        if not c.untie_head:
-            self.lm_head.weight = self.wte.weight
+            if tied:
+                self.lm_head.weight.copy_(self.wte.weight)
+        self.register_buffer("predictions", prediction_weights(c), persistent=False)
         self.set_stage(0)
 
     def set_stage(self, step):
-        """Take the form that update `step`, 0-based, trains."""
-        c = self.config
-        self.windows = layer_windows(c, at_step(c.window, step, c.steps))
+        """Take the form that update `step`, 0-based, trains; c.steps: of the last validation."""
+        c, last = self.config, min(step, self.config.steps - 1)
+        window, short = at_step(c.window, last, c), at_step(c.short_window, last, c)
+        if step == c.steps and c.final_window:
+            window = c.final_window
+        weights = self.predictions[last]
+        self.ahead = weights[: 1 + 2 * (3 * step < 2 * c.steps)] if c.multi_token else weights[:1]
+        if self.windows != (window, short):
+            frequencies, self.scale = rotary_at(last, c)
+            places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
+            paired = 2 * places + torch.arange(c.n_head) % 2 if c.paired_heads else places
+            tables = [
+                rotary_tables(frequencies, p).to(self.predictions.device) for p in (places, paired)
+            ]
+            self.rotary = tables
+        self.windows = window, short or window
 
     def forward(self, tokens, targets=None):
         c = self.config
-        masks = {window: attention_mask(tokens, window, c) for window in set(self.windows)}
+        docs = (tokens == c.vocab_size - 1).cumsum(1)
         x = self.wte(tokens).to(self.dtype)  # [B, T, D]
         if self.ngrams is not None:
             x = x + self.ngrams(tokens)
-        x0 = x = norm(x)
-        v1 = None
-        for block, window in zip(self.blocks, self.windows, strict=True):
-            x, v1 = block(x, v1, x0, masks[window])
-        logits = self.lm_head(norm(x)).float()
+        if c.smear:
+            before = F.pad(x[:, :-1], (0, 0, 1, 0))
+            x = x + self.smear_lambda.to(x.dtype) * self.smear_gate(x) * before
+        x = norm(x)
+        shared = dict(x0=x, scale=self.scale, rotary=self.rotary, masks={}, values=[])
+        for layer in self.plan:
+            doubled = docs.repeat_interleave(2, dim=1) if layer.paired else docs
+            key, window = (layer.long, layer.paired), self.windows[not layer.long]
+            if key not in shared["masks"]:
+                shared["masks"][key] = attention_mask(doubled, window, c)
+        if c.bigram_rows:
+            shared["bigrams"] = self.bigrams(bigram_rows(tokens, c.bigram_rows))
+        if c.value_embeds:
+            shared["values"] = [table(tokens) for table in self.value_embeds]
+        outputs = []
+        for block, layer in zip(self.blocks, self.plan, strict=True):
+            if layer.skip is not None:
+                gate = (
+                    2 * torch.sigmoid(self.skip_lambda).to(x.dtype) * self.skip_gate(shared["x0"])
+                )
+                x = x + gate * outputs[layer.skip]
+            x = block(x, shared)
+            outputs.append(x)
+        if c.backout:
+            x = x - self.backout_lambda.to(x.dtype) * outputs[round(2 * c.n_layer / 3)]
+        x = norm(x)
+        return self.logits(x) if targets is None else self.loss(x, targets)
+
+    def logits(self, x):
+        c, logits = self.config, self.lm_head(x).float()
+        if c.sigmoid_softcap:
+            return 23 * torch.sigmoid((logits + 5) / 7.5)
         if c.softcap:  # Gemma 2, arXiv 2408.00118
-            logits = c.softcap * torch.tanh(logits / c.softcap)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+            return c.softcap * torch.tanh(logits / c.softcap)
+        return logits
+
+    def loss(self, x, targets):
+        """Mean cross-entropy; in training, predictions of later tokens are added by their
+        weights."""
+        weights = self.ahead if self.training else self.predictions[0, :1]
+        ahead = [F.pad(targets[:, k:], (0, k), value=-100) for k in range(len(weights))]
+        ahead, total = torch.stack(ahead, dim=-1), 0.0
+        for part, goals in zip(x.split(16384, 1), ahead.split(16384, 1), strict=True):
+            logits = self.logits(part).flatten(0, 1)
+            for weight, goal in zip(weights, goals.flatten(0, 1).unbind(-1), strict=True):
+                total = total + weight * F.cross_entropy(logits, goal, reduction="sum")
+        return total / targets.numel()
+
+
+def prediction_weights(c):
+    """Of the next three tokens at each update: [steps, 3]. The later two fade in the first and the
+    second third of the run (record of 22 December 2025)."""
+    thirds = 3 * torch.arange(c.steps) / (c.steps - c.extension)
+    second = torch.where(thirds < 1, 0.5, 0.5 * (2 - thirds).clamp(min=0))
+    third = 0.25 * (1 - thirds).clamp(min=0)
+    return torch.stack((torch.ones(c.steps), second, third), dim=1)
 
 
 def flops_per_token(model):
@@ -664,9 +945,13 @@ def flops_per_token(model):
     c = model.config
     linears = [module for module in model.modules() if isinstance(module, Linear)]
     weights = sum(p.numel() for linear in linears for p in linear.parameters())
-    windows = np.array([layer_windows(c, window) for window in c.window])  # [stages, layers]
-    spans = np.where(windows, windows, c.seq_len).clip(max=c.seq_len / 2)
-    return 6 * weights + 12 * c.n_embd * spans.mean(0).sum()
+    spans = 0
+    for step in range(c.steps):
+        windows = at_step(c.window, step, c), at_step(c.short_window, step, c)
+        for layer in model.plan:
+            window = windows[not layer.long] or windows[0] or c.seq_len
+            spans += layer.attention * min(window, c.seq_len / 2)
+    return 6 * weights + 12 * c.n_embd * spans / c.steps
 
 
 # ------------------------------------------------------------------------------------ Optimizers
@@ -690,6 +975,7 @@ class Optimizer:
     rank (Adam), else the matrix that must stay whole. steps: updates since the moments began."""
 
     sharded = True  # else every rank updates all rows
+    every, decay = 1, 0.0  # updates of the run per update of these; cautious weight decay
 
     def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, run: "Run"):
         self.named, self.lr, self.config, self.runtime = named, lr, run.config, run.runtime
@@ -731,7 +1017,11 @@ class Optimizer:
         self.steps += 1
         gradient = self.method.project(self, self.grads[self.mine])
         update = self.method.lift(self, self.update(gradient))
-        self.weights[self.mine].sub_(update * (self.lr * self.scale * self.row_scale))
+        own, rate = self.weights[self.mine], self.lr * self.scale * self.row_scale
+        if self.decay:  # only where the update goes that way, too: cautious (arXiv 2510.12402)
+            shrink = own * (update * own > 0) * (self.lr * self.scale * self.decay)
+            update = update + shrink
+        own.sub_(update * rate)
         self.grads.zero_()
         if self.shards > 1:
             self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
@@ -782,12 +1072,15 @@ def adam_update(g, m, v, beta1, beta2, eps, bias1, bias2):
 
 
 class Adam(Optimizer):
+    betas = None  # c.beta1 and c.beta2
+
     def update(self, g):
         c = self.config
+        beta1, beta2 = self.betas or (c.beta1, c.beta2)
         m, v = self.moment("exp_avg", g), self.moment("exp_avg_sq", g)
-        bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (c.beta1, c.beta2))
-        rule = compiled(adam_update, c.compile)
-        return rule(g, m, v, c.beta1, c.beta2, c.adam_eps, bias1, bias2)
+        bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (beta1, beta2))
+        eps = c.adam_eps / bias2.sqrt() if c.adam_table else torch.tensor(c.adam_eps)
+        return compiled(adam_update, c.compile)(g, m, v, beta1, beta2, eps, bias1, bias2)
 
 
 class Adagrad(Optimizer):
@@ -799,15 +1092,25 @@ class Adagrad(Optimizer):
         return g / (total.sqrt() + 1e-12)
 
 
-def newton_schulz(g, dtype):
-    """Matrices [n, rows, cols] with singular values brought near 1 (0.7 to 1.2) by five steps,
-    Keller Jordan's coefficients."""
+KELLER_JORDAN = [(3.4445, -4.7750, 2.0315)] * 5
+POLAR_EXPRESS = [  # arXiv 2505.16932, for five steps
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+]
+
+
+def newton_schulz(g, dtype, polar_express=False):
+    """Matrices [n, rows, cols] with singular values brought near 1 (0.7 to 1.2) by five steps."""
     tall = g.size(-2) > g.size(-1)
     x = (g.mT if tall else g).to(dtype)
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # largest singular value at most 1
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445 * x + torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
+    largest = x.norm(dim=(-2, -1), keepdim=True)  # at least
+    x = x / (1.02 * largest + 1e-6 if polar_express else largest + 1e-7)
+    for a, b, c in POLAR_EXPRESS if polar_express else KELLER_JORDAN:
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
     return (x.mT if tall else x).float()
 
 
@@ -818,9 +1121,14 @@ class Muon(Optimizer):
     def update(self, g):
         c, momentum = self.config, momentum_at(self.steps - 1, self.config)
         m = self.moment("momentum", g)
-        m.mul_(momentum).add_(g)
+        if c.momentum_ema:
+            m.lerp_(g, 1 - momentum)
+            g = torch.lerp(g, m, momentum)
+        else:
+            m.mul_(momentum).add_(g)
+            g = g + momentum * m
         dtype = torch.bfloat16 if c.bf16 else torch.float32
-        u = compiled(newton_schulz, c.compile)(g + momentum * m, dtype)
+        u = compiled(newton_schulz, c.compile)(g, dtype, c.polar_express)
         return self.even(u) if c.normuon else u
 
     def even(self, u):
@@ -837,27 +1145,61 @@ class Muon(Optimizer):
 MATRIX_RULES = {"muon": Muon, "adam": Adam}
 
 
+# Of each group, by the record of 19 January 2026: betas, factor on decay_adam
+ADAM_TABLE = {
+    "wte": (0.5, 0.95, 150),
+    "lm_head": (0.5, 0.95, 150),
+    "tables": (0.75, 0.95, 5),
+    "scalars": (0.9, 0.99, 0),
+    "x0_lambda": (0.65, 0.95, 0),
+    "gates": (0.9, 0.99, 1),
+    "smear_gate": (0.9, 0.99, 0),
+    "skip_gate": (0.9, 0.99, 0),
+}
+
+
+def is_matrix(name, p):
+    """Is this parameter one of the hidden matrices, which Muon and the methods train?"""
+    return name.startswith("blocks.") and p.ndim == 2 and not name.endswith("gate.weight")
+
+
+def group_of(name, p):
+    """The optimizer group of a parameter that is no hidden matrix."""
+    first, *_, last = (
+        name.removesuffix(".weight").split(".")[0],
+        name.removesuffix(".weight").split(".")[-1],
+    )
+    if first in ("bigrams", "value_embeds"):
+        return "tables"
+    if last == "x0_lambda":
+        return last
+    if p.ndim < 2:
+        return "scalars"
+    return "gates" if first == "blocks" else first
+
+
 def make_optimizers(run):
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape. Errors:
     KeyError for a parameter that belongs to no group."""
-    c, head = run.config, run.model.lm_head.weight
-    rules = {
-        "wte": (Adam, c.lr_embed),
-        "lm_head": (Adam, c.lr_head),
-        "scalars": (Adam, c.lr_scalar),
-        "ngrams": (Adagrad, c.lr_ngram),
-    }
-    matrices, groups = {}, {}
+    c, matrices, groups, optimizers = run.config, {}, {}, []
+    rates = dict(wte=c.lr_embed, lm_head=c.lr_head, scalars=c.lr_scalar, x0_lambda=c.lr_scalar)
+    rates |= dict(ngrams=c.lr_ngram, tables=c.lr_table, gates=c.lr_gate)
+    rates |= dict(smear_gate=0.01 * c.lr_gate, skip_gate=0.05 * c.lr_gate)
     for name, p in run.model.named_parameters():
-        group = "lm_head" if p is head else name.partition(".")[0]  # the tied wte is lm_head, too
-        if group == "blocks" and p.ndim == 2:
+        if is_matrix(name, p):
             matrices[name] = p
-            continue
-        group = "scalars" if group == "blocks" else group
-        if group not in rules:
-            raise KeyError(f"no optimizer trains {name}: give {group} a rule in make_optimizers")
-        groups.setdefault(group, {})[name] = p
-    optimizers = [rules[group][0](groups[group], rules[group][1], (), run) for group in groups]
+        else:
+            groups.setdefault(group_of(name, p), {})[name] = p
+    for group, named in groups.items():
+        if group not in rates:
+            raise KeyError(f"no optimizer trains {', '.join(named)}: give {group} a rate here")
+        rule = Adagrad if group == "ngrams" else Adam
+        optimizer = rule(named, rates[group], (), run)
+        optimizer.every = c.adam_every
+        if c.adam_table and rule is Adam:
+            *optimizer.betas, factor = ADAM_TABLE[group]
+            optimizer.decay = factor * c.decay_adam
+        optimizers.append(optimizer)
     rule = c.galore_inner if c.galore else c.matrix_optimizer
     return optimizers + stack_matrices(matrices, rule, run)
 
@@ -876,41 +1218,61 @@ def stack_matrices(matrices, rule, run):
     for (_, *shape), named in stacks.items():
         optimizer = method.optimizers[rule](named, getattr(c, f"lr_{rule}"), shape, run)
         optimizer.method, optimizer.row_scale = method, optimizer.stack(scales)[optimizer.mine]
+        optimizer.decay = c.decay_muon
         optimizers.append(optimizer)
     return optimizers
 
 
 # ------------------------------------------------------------------------------------- Schedules
-def at_step(values: tuple, step: int, steps: int):
-    """The value of a schedule for update `step`, 0-based: one for each equal share of the run."""
+def at_step(values: tuple, step: int, c: Config):
+    """The value of a schedule for update `step`, 0-based: one for each equal share of the run; with
+    an extension, the last of several is for that."""
+    steps = c.steps - c.extension
+    if c.extension and len(values) > 1:
+        if step >= steps:
+            return values[-1]
+        values = values[:-1]
     return values[min(step, steps - 1) * len(values) // steps]
 
 
 def lr_at(step: int, c: Config):
-    """Factor on all rates for update `step`, 0-based: linear warm-up, stages, linear cool-down;
-    jagged with ReLoRA."""
-    left = (c.steps - step) / max(1, round(c.cooldown * c.steps))
-    factor = min(1.0, (step + 1) / max(1, c.warmup), c.lr_floor + (1 - c.lr_floor) * left)
+    """Factor on all rates for update `step`, 0-based: linear warm-up, stages (which a rate joins
+    one update late, as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
+    steps = c.steps - c.extension
+    left = min(1.0, max(0, steps - step) / max(1, c.cooldown * steps))
+    factor = left * at_step(c.lr_factor, max(0, step - 1), c) + (1 - left) * c.lr_floor
+    factor *= min(1.0, (step + 1) / max(1, c.warmup))
     since_wrap = step - c.relora_warm_start
     if c.relora and since_wrap >= 0:  # from near zero back to the same curve
         since_merge = since_wrap % c.relora_interval + 1
         factor *= min(1.0, since_merge / max(1, c.relora_interval // 10))
-    return factor * at_step(c.lr_factor, step, c.steps)
+    return factor
 
 
 def momentum_at(step: int, c: Config):
-    """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024)."""
-    share = min(1.0, step / max(1, c.momentum_warmup))
+    """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024), and down
+    again."""
+    share = min(
+        1.0, step / max(1, c.momentum_warmup), (c.steps - step) / max(1, c.momentum_cooldown)
+    )
     return (1 - share) * min(0.85, c.momentum) + share * c.momentum
 
 
+def tied_at(step: int, c: Config):
+    """Are wte and lm_head one at update `step`? They part where Adam first steps in the new
+    share."""
+    return not c.untie_head or step - c.adam_every + 1 <= c.tied_share * (c.steps - c.extension) > 0
+
+
 def forms(c):
-    """The first steps of all forms that the work takes: batch, window, adapters."""
+    """The first steps of all forms that the work takes, and c.steps, that of the last
+    validation."""
     first = {}
     for step in range(c.steps):
-        stage = at_step(c.batch_tokens, step, c.steps), at_step(c.window, step, c.steps)
-        first.setdefault((stage, c.relora and step >= c.relora_warm_start), step)
-    return first.values()
+        lists = (c.batch_tokens, c.window, c.short_window)
+        form = *(at_step(values, step, c) for values in lists), 3 * step < 2 * c.steps
+        first.setdefault((form, c.relora and step >= c.relora_warm_start), step)
+    return [*first.values(), c.steps]
 
 
 # --------------------------------------------------------------------------------- Clock and log
@@ -1155,16 +1517,23 @@ def eval_weights(run):
     return {k: v for method in run.methods for k, v in method.eval_weights(run.model).items()}
 
 
+def val_rows(run):
+    """Rows per forward pass of a validation: one shape, compiled once."""
+    c = run.config
+    share = c.val_tokens // c.val_len // run.runtime.world_size
+    return largest_divisor(share, max(1, max(run.micro.values()) * c.seq_len // c.val_len))
+
+
 @torch.no_grad()
 def evaluate(run, val):
     """Mean cross-entropy, nats per token, of the first val_tokens tokens, each seen once."""
     c, runtime = run.config, run.runtime
-    share = c.val_tokens // c.seq_len // runtime.world_size
+    share = c.val_tokens // c.val_len // runtime.world_size
     rows = np.arange(share) + runtime.rank * share
     total = torch.zeros((), dtype=torch.float64, device=runtime.device)
     raw = swap(run.model, eval_weights(run))
     run.model.eval()
-    for chunk in np.split(rows, share // largest_divisor(share, max(run.micro.values()))):
+    for chunk in np.split(rows, share // val_rows(run)):
         total += forward(run, *split(val.read(chunk), runtime.device)) * len(chunk)
     run.model.train()
     swap(run.model, raw)
@@ -1177,6 +1546,7 @@ def load_model(path, device="cpu") -> GPT:
     c = Config(**state["config"] | dict(attention="sdpa", compile=False))
     run = build(c, Runtime(torch.device(device)))
     run.load_state(state)
+    run.model.set_stage(run.step)
     swap(run.model, eval_weights(run))
     return run.model.eval()
 
@@ -1223,23 +1593,28 @@ def forward(run, inputs, targets):
     return compiled(GPT.forward, run.config.compile)(run.model, inputs, targets)
 
 
-def forward_backward(run, inputs, targets):
-    """Add the gradients of the global mean loss, one micro-batch at a time. Returns this rank's
-    share of that loss."""
-    micro = run.micro[len(inputs)]
+def forward_backward(run, inputs, targets, micro):
+    """Add the gradients of the global mean loss (sum_loss: of the sum over tokens / 8), `micro`
+    rows at a time. Returns this rank's share of the mean."""
     shares = len(inputs) // micro * run.runtime.world_size
+    size = inputs.numel() * run.runtime.world_size / 8 if run.config.sum_loss else 1.0
     total = torch.zeros((), device=inputs.device)
     for x, y in zip(inputs.split(micro), targets.split(micro), strict=True):
         loss = forward(run, x, y) / shares
-        loss.backward()
+        (size * loss).backward()
         total += loss.detach()
     return total
 
 
 def update(run):
     """One optimizer update. All collectives are under way before the first is waited for."""
+    due = [optimizer for optimizer in run.optimizers if (run.step + 1) % optimizer.every == 0]
+    if tied_at(run.step, run.config) and len(due) == len(run.optimizers):
+        wte, head = run.model.wte.weight.grad, run.model.lm_head.weight.grad
+        wte += head  # equal from the first, they stay equal
+        head.copy_(wte)
     for stage in ("reduce", "step", "finish"):
-        for optimizer in run.optimizers:
+        for optimizer in due:
             getattr(optimizer, stage)()
 
 
@@ -1269,35 +1644,42 @@ def warm_up(c, runtime):
         for method in run.methods:
             method.resume(run.step, run)
         set_stage(run)
-        rows = at_step(c.batch_tokens, run.step, c.steps) // c.seq_len // runtime.world_size
+        rows = at_step(c.batch_tokens, run.step, c) // c.seq_len // runtime.world_size
         fit_micro_batch(run, rows)
+        for optimizer in run.optimizers:
+            optimizer.every = 1
         update(run)
+        run.model.eval()
+        with torch.no_grad():
+            forward(run, *random_batch(run, val_rows(run), c.val_len))
+        run.model.train()
     return run.micro
+
+
+def random_batch(run, rows, seq_len):
+    shape = (rows, seq_len + 1)
+    tokens = torch.randint(run.config.vocab_size, shape, generator=seeded("warm-up"))
+    return split(tokens, run.runtime.device)
 
 
 def fit_micro_batch(run, rows):
     """Set run.micro[rows]: --micro_batch, or all rows, halved while they do not fit into the
     memory."""
     c, runtime = run.config, run.runtime
-    micro, fits = c.micro_batch or largest_divisor(rows, max(1, 65536 // c.seq_len)), False
+    micro = c.micro_batch or largest_divisor(rows, max(1, 65536 // c.seq_len))
     refuse(rows % micro, f"--micro_batch {micro} does not divide the {rows} rows of a rank")
+    fits = False
     while not fits:
         parted = c.galore_per_layer and micro < rows
-        refuse(
-            parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower --batch_tokens"
-        )
-        run.micro |= {micro: micro, rows: micro}
-        tokens = torch.randint(c.vocab_size, (micro, c.seq_len + 1), generator=seeded("warm-up"))
-        batch = split(tokens, runtime.device)
+        refuse(parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower the batch")
         try:
-            forward_backward(run, *batch)
-            with torch.no_grad():
-                forward(run, *batch)
+            forward_backward(run, *random_batch(run, micro, c.seq_len), micro)
             fits = True
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
         fits = all(runtime.exchange(fits))
         refuse(not fits and micro == 1, "not even one row fits into the GPU's memory")
+        run.micro[rows] = micro
         micro = largest_divisor(rows, max(1, micro // 2))
 
 
@@ -1320,7 +1702,7 @@ def read_losses(run, late=0):
             event.synchronize()
         loss, stopping = host.tolist()
         check_loss(run, step, "train", loss)
-    if stopping:
+    if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
 
 
@@ -1337,6 +1719,7 @@ def training_loop(run, batches, val, stop):
     clock.switch(on=True)
     while True:
         last = run.step == c.steps
+        set_stage(run)
         if last or (c.val_every and run.step % c.val_every == 0):
             read_losses(run)
             with clock.paused():
@@ -1345,9 +1728,8 @@ def training_loop(run, batches, val, stop):
         if last:
             clock.switch(on=False)
             return val_loss
-        set_stage(run)
         rows = batches.batch_at(run.step, run.runtime.rank, run.runtime.world_size)
-        loss = forward_backward(run, *split(rows, run.runtime.device))
+        loss = forward_backward(run, *split(rows, run.runtime.device), run.micro[len(rows)])
         update(run)
         run.step += 1
         for method in run.methods:
@@ -1373,7 +1755,7 @@ def result_of(run, val_loss, warmup_ms):
         preset=c.preset,
         seed=c.seed,
         steps=c.steps,
-        tokens=sum(at_step(c.batch_tokens, step, c.steps) for step in range(c.steps)),
+        tokens=sum(at_step(c.batch_tokens, step, c) for step in range(c.steps)),
         val_loss=round(val_loss, 6),
         target_val_loss=c.target,
         target_reached=val_loss <= c.target,
@@ -1390,10 +1772,10 @@ def result_of(run, val_loss, warmup_ms):
 def open_data(c, runtime):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
     or trained on, or where ranks differ."""
-    shards = Shards(c.train_files, "train_files", c.seq_len)
-    val = Shards(c.val_files, "val_files", c.seq_len)
+    shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
+    val = Shards(c.val_files, "val_files", c.val_len)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
-    refuse(len(val) * c.seq_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
+    refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
     shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
     refuse(shared, f"--val_files and --train_files share {shared}: validate on other tokens")
     everyone = runtime.exchange(identity(c, data))
@@ -1402,7 +1784,7 @@ def open_data(c, runtime):
     return batches, val, data
 
 
-def train(c, runtime, argv, stop):
+def train(c, runtime, argv):
     """A whole run, from the shards to the result line."""
     batches, val, data = open_data(c, runtime)
     resumption = find_resumption(c, runtime, data) if c.resume else None
@@ -1422,15 +1804,17 @@ def train(c, runtime, argv, stop):
     log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
     if resumption:
         resume(run, *resumption)
+    stop = []  # numbers of the signals that asked this process to end
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: stop.append(number))
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda number, frame: stop.append(number))
     try:
         val_loss = training_loop(run, batches, val, stop)
     except Stopped:
         if c.checkpoint_every:
             save_checkpoint(run)
         log.line(f"stopped by a signal after step {run.step}", echo=True)
-        raise
+        raise Stopped(*stop) from None
     log.line(json.dumps(result_of(run, val_loss, warmup_ms)))
     gap = c.target - val_loss
     outcome = f"target {c.target:.4f} {'reached' if gap >= 0 else 'missed'} by {abs(gap):.4f}"
@@ -1438,33 +1822,35 @@ def train(c, runtime, argv, stop):
     log.show(f"val_loss {val_loss:.4f}, {outcome} in {seconds} | log {log.path}")
 
 
+def start(argv):
+    """Train, or sample. Raises whatever goes wrong."""
+    c = parse_config(argv, "gpt2_small" if torch.cuda.is_available() else "laptop")
+    if c.generate:
+        return generate(c)
+    runtime = init_runtime(c)
+    train(resolve(c, runtime.device), runtime, argv)
+    if runtime.world_size > 1:
+        dist.destroy_process_group()
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a user's mistake in one line, 128 + n stopped by signal n. Bugs
-    raise."""
-    stop = []  # numbers of the signals that asked this process to end
+    """Exit code: 0 done, 2 a user's mistake in one line, 1 a bug with its traceback, 128 + n
+    stopped by signal n. Under torchrun `record` takes notes: the first error of all ranks is shown
+    there."""
     try:
-        default = "gpt2_small" if torch.cuda.is_available() else "laptop"
-        argv = sys.argv[1:] if argv is None else argv
-        c = parse_config(argv, default)
-        if c.generate:
-            generate(c)
-        else:
-            runtime = init_runtime(c)
-            train(resolve(c, runtime.device), runtime, argv, stop)
-            if runtime.world_size > 1:
-                dist.destroy_process_group()
+        record(start)(sys.argv[1:] if argv is None else argv)
         return 0
-    except (Stopped, KeyboardInterrupt):
-        return 128 + (stop or [signal.SIGINT])[0]
-    except Exception as error:
-        if dist.is_initialized():  # whoever speaks second is ended by torchrun before it can
-            time.sleep(1 + (dist.get_rank() > 0))
-        if stop:  # ... or was: then this is an echo of the first error
-            return 128 + stop[0]
-        if not isinstance(error, UserError):
-            raise
-        print(f"train_gpt.py: {error}", file=sys.stderr, flush=True)
-        return 2
+    except Stopped as stopped:
+        return 128 + max(stopped.args, default=signal.SIGTERM)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except UserError as error:
+        code, text = 2, f"train_gpt.py: {error}"
+    except Exception:
+        code, text = 1, traceback.format_exc()
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+        print(text, file=sys.stderr, flush=True)
+    return code
 
 
 # --------------------------------------------------------------------------------------- Methods
@@ -1546,7 +1932,7 @@ class ReLoRA(Method):
             return
         for name, p in list(model.named_parameters()):
             path, _, last = name.removesuffix(".weight").rpartition(".")
-            if name.startswith("blocks.") and p.ndim == 2:
+            if is_matrix(name, p):
                 linear = getattr(model.get_submodule(path), last)
                 refuse(
                     type(linear) is not Linear, f"--relora does not know {name}: make it a Linear"
@@ -1714,8 +2100,8 @@ class SuPar(Method):
         factors = {"adam": 1 / (m_d * density), "muon": density**-self.MUON_POWER}
         refuse(c.matrix_optimizer not in factors, f"SuPar has no rule for {c.matrix_optimizer}")
         for name, p in model.named_parameters():
-            if name.startswith("blocks.") and p.ndim == 2:
-                p.lr_mult = factors[c.matrix_optimizer]
+            if is_matrix(name, p):
+                p.lr_mult = factors[c.matrix_optimizer] * getattr(p, "lr_mult", 1.0)
                 drawn = torch.rand(1, *p.shape, generator=seeded(c.seed, "mask", name))
                 self.masks[name] = drawn < density
                 p.mul_(self.masks[name][0]).mul_(density**-0.5)
@@ -1729,4 +2115,4 @@ class SuPar(Method):
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)())
+    sys.exit(main())
