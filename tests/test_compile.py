@@ -15,7 +15,7 @@ import train_gpt
 
 ROWS = 2
 SMALL = "--device cpu --n_layer 2 --n_head 2 --n_embd 32 --seq_len 32 --vocab_size 257".split()
-WINDOW = "--window 16 --window_pattern SL"
+WINDOW = "--window 16"
 FORMS = {
     "gpt2_small": "--preset gpt2_small",
 }

@@ -7,9 +7,9 @@
 SCRIPT (train_gpt.py unless you name another) runs whole and unmodified on the CUDA build of torch,
 over a library that stands in for NVIDIA's: it allocates, checks and counts, and computes nothing.
 Dynamo, Inductor, Triton, ptxas for the named card, the caching allocator and NCCL's host side are
-real. The run is two dozen updates of the script's own shapes on random tokens, with validations in
-between: --steps 24 --val_every 8, unless the flags after -- say otherwise. --gpus 8 runs rank 0 of
-8 and pretends the others.
+real. The run is 120 updates of the script's own shapes on random tokens, validations in between:
+--steps 120 --val_every 30, unless the flags after -- say otherwise. --gpus 8 runs rank 0 of 8 and
+pretends the others.
 
 The report says: whether every stage and method compiles; graph breaks; compilations after the clock
 started; micro-batch and peak memory; launches and waits for the device per update; bytes and

@@ -17,38 +17,68 @@ CANNOT_SEE = (
 
 
 def stages_of(run: Run, options) -> list[dict]:
-    """One row for each stage of the schedules: what an ordinary update of it asks for."""
+    """One row for each stage of the schedules: what an update of it asks for, on average."""
     config = run.config()
-    grouped = {}
-    validated = True
-    for update in run.seen.get("updates", []):
-        # A loss that is read one update late makes two updates of one after each validation.
-        after_validation = validated
-        validated = update["validated"]
-        single = update["last"] - update["first"] == 1
-        if single and not validated and not after_validation:
-            grouped.setdefault(stage_at(update["first"], config), []).append(update)
-    rows = []
-    for stage, updates in grouped.items():
-        # Updates at the border of a stage, or with a method's rarer work, are not ordinary.
-        updates.reverse()
-        size = Counter(launches_of(update) for update in updates).most_common(1)[0][0]
-        ordinary = next(update for update in updates if launches_of(update) == size)
-        waits = Counter(len(update["waits"]) for update in updates)
-        row = stage_row(ordinary, dict(stage), config, run.result(), options)
-        rows.append(dict(stage=dict(stage), most_waits=max(waits)) | row)
-    return rows
+    stages = {}
+    for number, update in single_updates(run.seen):
+        stages.setdefault(stage_at(number, config), []).append(update)
+    return [
+        dict(stage=dict(stage)) | stage_row(updates, dict(stage), config, run.result(), options)
+        for stage, updates in stages.items()
+    ]
+
+
+def single_updates(seen: dict) -> list[tuple[int, dict]]:
+    """(its number, 0-based; what it asked for) of every update that can be told from the others
+    and in which nothing was validated or compiled."""
+    updates = seen.get("updates", [])
+    # A script may read the loss one update late. Then the update before a validation has two lines,
+    # and the first one after it shares its line with the next.
+    late = any(update["validated"] and update["last"] - update["first"] > 1 for update in updates)
+    compiled = {entry["step"] for entry in seen.get("compilations", []) if entry["late"]}
+    found = []
+    after_validation = True
+    for update in updates:
+        steps = range(update["first"], update["last"] + 1)
+        whole = len(steps) == 2 and not update["validated"] and not after_validation
+        if whole and not compiled.intersection(steps):
+            found.append((update["first"] + late, update))
+        after_validation = update["validated"]
+    return found
+
+
+def mean_of(updates: list[dict]) -> dict:
+    """One update: the mean of what these asked for."""
+    mean = dict(counts={}, triton={})
+    for kind, table in mean.items():
+        for update in updates:
+            for name, row in update[kind].items():
+                total = table.get(name, [0] * len(row))
+                table[name] = [a + b / len(updates) for a, b in zip(total, row, strict=True)]
+    for name in ("host_seconds", "backwards"):
+        mean[name] = sum(update[name] for update in updates) / len(updates)
+    return mean
 
 
 def stage_at(step: int, config: dict) -> tuple:
     """The values of all schedules at an update, 0-based: ((name, value), ...)."""
-    schedules = {name: value for name, value in config.items() if isinstance(value, list)}
+    schedules = {name: values for name, values in config.items() if isinstance(values, list)}
     schedules.setdefault("batch_tokens", [config.get("batch_tokens", 0)])
     return tuple(
-        (name, values[step * len(values) // config["steps"]])
+        (name, value_at(values, step, config))
         for name, values in schedules.items()
         if len(values) > 1 or name == "batch_tokens"
     )
+
+
+def value_at(values: list, step: int, config: dict):
+    """One value for each equal share of the run; the last of several may be for an extension."""
+    extension = config.get("extension", 0) if len(values) > 1 else 0
+    steps = config["steps"] - extension
+    if step >= steps:
+        return values[-1]
+    shares = values[:-1] if extension else values
+    return shares[step * len(shares) // steps]
 
 
 def launches_of(update: dict) -> int:
@@ -59,7 +89,9 @@ def launches_of(update: dict) -> int:
     )
 
 
-def stage_row(update: dict, stage: dict, config: dict, result: dict, options) -> dict:
+def stage_row(updates: list[dict], stage: dict, config: dict, result: dict, options) -> dict:
+    update = mean_of(updates)
+    waits = sorted((update["waits"] for update in updates), key=len)
     works = estimate.works_of(update)
     classes = estimate.by_class(works, options.card, options.gpus)
     total = {
@@ -75,8 +107,10 @@ def stage_row(update: dict, stage: dict, config: dict, result: dict, options) ->
         micro_batches=micro_batches,
         micro_batch=rows / micro_batches if micro_batches else None,
         launches=launches_of(update),
-        waits=len(update["waits"]),
-        waits_at=[list(wait) for wait in update["waits"]],
+        updates=len(updates),
+        waits=len(waits[0]),
+        most_waits=len(waits[-1]),
+        waits_at=[list(wait) for wait in waits[0]],
         host_seconds=update["host_seconds"],
         bytes=total["bytes"],
         bytes_per_token=total["bytes"] / share if share else None,

@@ -17,8 +17,8 @@ from records.tools.runs import stop
 
 OBSERVE = Path(__file__).resolve().parent / "observe.py"
 RUNS_KEPT = 10  # outputs of the latest runs, to read after a failure
-STEPS = 24  # divides into two, three, four and six stages
-VAL_EVERY = 8
+STEPS = 120  # more than any preset's last stage or cool-down in updates has
+VAL_EVERY = 30
 DOCUMENT = 700  # tokens, in random data
 
 
@@ -54,7 +54,7 @@ def all_flags(flags: list[str], data: Path) -> list[str]:
     try:
         vocabulary = int((values_of(flags, "--vocab_size") or [default_vocabulary])[0])
         steps = int((values_of(flags, "--steps") or [STEPS])[0])
-        batch = max([2**20, *map(int, values_of(flags, "--batch_tokens"))])
+        batch = max([2**19, *map(int, values_of(flags, "--batch_tokens"))])
         val_tokens = max([10 * 2**20, *map(int, values_of(flags, "--val_tokens"))])
     except ValueError as error:
         raise BadInput(f"a flag of the script: {error}") from None
