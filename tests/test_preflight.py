@@ -14,7 +14,7 @@ from records.tools.nullgpu import environment, estimate
 from records.tools.nullgpu import report as reporting
 from records.tools.nullgpu.cards import CARDS
 from records.tools.nullgpu.observe import TrainerLog
-from records.tools.nullgpu.run import all_flags
+from records.tools.nullgpu.run import Run, all_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -154,6 +154,31 @@ def test_the_log_is_read_by_whole_lines(tmp_path):
     (tmp_path / "run.txt").write_text("one\ntwo\nthree\n")
     assert log.new_lines() == ["three"]
     assert log.new_lines() == []
+
+
+@pytest.mark.parametrize(
+    "output, line",
+    [
+        (
+            "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n\nSet X=1\n",
+            "torch.OutOfM",
+        ),
+        (
+            "train_gpt.py: --window: no\n[W1121 14:16:52.4 ProcessGroup] Warning: leak\n",
+            "train_gpt.",
+        ),
+        (
+            "[rank0]: ValueError: x\n[rank0]:[W1121 14:16:52.4 ProcessGroup] Warning\n",
+            "ValueError: x",
+        ),
+        ("step 1\nKilled\n\n", "Killed"),
+        ("", "no output"),
+    ],
+)
+def test_the_error_is_found_in_the_output(output, line):
+    run = Run.__new__(Run)
+    run.output = output
+    assert run.last_line().startswith(line)
 
 
 FLASH = "_ZN13pytorch_flash16flash_fwd_kernelI23Flash_fwd_kernel_traitsILi128ELi128ELi64ELi4E"

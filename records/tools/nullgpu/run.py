@@ -20,6 +20,8 @@ RUNS_KEPT = 10  # outputs of the latest runs, to read after a failure
 STEPS = 120  # more than any preset's last stage or cool-down in updates has
 VAL_EVERY = 30
 DOCUMENT = 700  # tokens, in random data
+ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Unsupported)\b.*:|train_gpt\.py: ")
+TORCH_LOG = re.compile(r"\[?[VIWE]\d{4} ")  # as glog writes: severity, month and day
 
 
 def values_of(flags: list[str], name: str) -> list[str]:
@@ -145,8 +147,11 @@ class Run:
             raise BadInput(f"{self.script.name} refused: {self.last_line()} ({flags})")
 
     def last_line(self) -> str:
-        lines = [line for line in self.output.splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "no output"
+        """What it said last, but for the logs of torch; of an error its first line."""
+        lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in self.output.splitlines()]
+        errors = [line for line in lines if ERROR.match(line)]
+        rest = [line for line in lines if line.strip() and not TORCH_LOG.match(line)]
+        return (errors or rest or ["no output"])[-1].strip()
 
     def line_of_error(self) -> int | None:
         """The line of the script that the last traceback, or the compiler's error, names."""
