@@ -87,7 +87,7 @@ class Config:
     steps: int = 3242  # optimizer updates
     seed: int = 0  # of the initial weights and everything random
     target: float = 3.28  # validation loss to reach, nats per token
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
     # data
     batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
@@ -452,10 +452,12 @@ HEADER_BYTES = (
 class Shards:
     """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
     names; none crosses from shard to shard. A row shares its last token with the next one, or, with
-    max_document, starts at a document; mark: the token that stands before each."""
+    max_document, starts at a document; mark: the token that stands before each, the vocabulary's
+    last."""
 
     def __init__(self, pattern: str, flag: str, seq_len: int, max_document: int = 0, mark: int = 0):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
+        self.mark = mark
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
         self.packed = []  # of each shard: rows of documents, as (start, tokens)
@@ -469,8 +471,8 @@ class Shards:
         return int(self.first[-1])
 
     def read(self, numbers) -> Tensor:
-        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut
-        short."""
+        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut short,
+        or is of another vocabulary."""
         rows = []
         for number in numbers:
             shard = np.searchsorted(self.first, number, side="right") - 1
@@ -481,6 +483,8 @@ class Shards:
             tokens = [read_shard(path, start, count) for start, count in parts]
             rows.append(np.concatenate(tokens))
             refuse(len(rows[-1]) <= self.seq_len, f"{path}: cut short during the run")
+            foreign = self.mark and rows[-1].max() > self.mark
+            refuse(foreign, f"{path}: holds tokens beyond --vocab_size {self.mark + 1}")
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -517,7 +521,8 @@ def shard_tokens(path):
     """Tokens in a shard. Errors: UserError if it is no file, or not as long as its header says."""
     regular = os.path.isfile(path)  # a pipe would block
     header = np.fromfile(path, "<i4", 3).tolist() if regular else None
-    whole = header == [20240520, 1, os.path.getsize(path) // 2 - HEADER_BYTES // 2]
+    size = os.path.getsize(path) if regular else 0
+    whole = header == [20240520, 1, size // 2 - HEADER_BYTES // 2]
     refuse(
         not whole or header[2] == 0, f"{path}: not a whole token shard; fetch or prepare it again"
     )
@@ -673,6 +678,7 @@ class Gate(Linear):
 
     def __init__(self, n_out):
         super().__init__(12, n_out, init=0.0)
+        self.weight.is_gate = True
 
     def forward(self, x):
         return torch.sigmoid(super().forward(x[..., :12]))
@@ -763,10 +769,8 @@ class CausalSelfAttention(nn.Module):
         q = self.q(h).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
         k = self.k(h).unflatten(-1, heads)
         v = self.v(h).unflatten(-1, heads)
-        if (
-            self.value_lambda is not None
-        ):  # value residual, arXiv 2410.17897; λ learned (Grad62304977)
-            v1 = shared.setdefault("v1", v)
+        if self.value_lambda is not None:
+            v1 = shared.setdefault("v1", v)  # arXiv 2410.17897; λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
         if layer.table is not None:
             values = shared["values"][layer.table].unflatten(-1, heads)
@@ -812,9 +816,7 @@ class Block(nn.Module):
         self.bigram_lambda = nn.Parameter(torch.tensor(0.1)) if c.bigram_rows else None
 
     def forward(self, x, shared):
-        if (
-            self.x_lambda is not None
-        ):  # embedding residual, record of 6 November 2024 (Grad62304977)
+        if self.x_lambda is not None:  # record of 6 November 2024 (Grad62304977)
             x = self.x_lambda.to(x.dtype) * x + self.x0_lambda.to(x.dtype) * shared["x0"]
         if self.bigram_lambda is not None:
             x = x + self.bigram_lambda.to(x.dtype) * shared["bigrams"]
@@ -855,25 +857,27 @@ class GPT(nn.Module):
             if tied:
                 self.lm_head.weight.copy_(self.wte.weight)
         self.register_buffer("predictions", prediction_weights(c), persistent=False)
+        self.register_buffer("rotary", None, persistent=False)  # they change with the window
+        self.register_buffer("paired_rotary", None, persistent=False)
         self.set_stage(0)
 
     def set_stage(self, step):
         """Take the form that update `step`, 0-based, trains; c.steps: of the last validation."""
         c, last = self.config, min(step, self.config.steps - 1)
+        self.ahead = self.predictions[last, : predictions_at(last, c)]
         window, short = at_step(c.window, last, c), at_step(c.short_window, last, c)
         if step == c.steps and c.final_window:
             window = c.final_window
-        weights = self.predictions[last]
-        self.ahead = weights[: 1 + 2 * (3 * step < 2 * c.steps)] if c.multi_token else weights[:1]
-        if self.windows != (window, short):
-            frequencies, self.scale = rotary_at(last, c)
-            places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
-            paired = 2 * places + torch.arange(c.n_head) % 2 if c.paired_heads else places
-            tables = [
-                rotary_tables(frequencies, p).to(self.predictions.device) for p in (places, paired)
-            ]
-            self.rotary = tables
+        if self.windows == (window, short or window):
+            return
         self.windows = window, short or window
+        frequencies, self.scale = rotary_at(last, c)
+        places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
+        self.rotary = rotary_tables(frequencies, places).to(self.predictions.device)
+        if c.paired_heads:
+            taking_turns = 2 * places + torch.arange(c.n_head) % 2
+            tables = rotary_tables(frequencies, taking_turns)
+            self.paired_rotary = tables.to(self.predictions.device)
 
     def forward(self, tokens, targets=None):
         c = self.config
@@ -885,12 +889,12 @@ class GPT(nn.Module):
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
             x = x + self.smear_lambda.to(x.dtype) * self.smear_gate(x) * before
         x = norm(x)
-        shared = dict(x0=x, scale=self.scale, rotary=self.rotary, masks={}, values=[])
-        for layer in self.plan:
-            doubled = docs.repeat_interleave(2, dim=1) if layer.paired else docs
-            key, window = (layer.long, layer.paired), self.windows[not layer.long]
-            if key not in shared["masks"]:
-                shared["masks"][key] = attention_mask(doubled, window, c)
+        rotary = self.rotary, self.paired_rotary
+        shared = dict(x0=x, scale=self.scale, rotary=rotary, masks={})  # by all blocks
+        for long, paired in {(layer.long, layer.paired) for layer in self.plan}:
+            places = docs.repeat_interleave(2, dim=1) if paired else docs
+            mask = attention_mask(places, self.windows[not long], c)
+            shared["masks"][long, paired] = mask
         if c.bigram_rows:
             shared["bigrams"] = self.bigrams(bigram_rows(tokens, c.bigram_rows))
         if c.value_embeds:
@@ -898,10 +902,8 @@ class GPT(nn.Module):
         outputs = []
         for block, layer in zip(self.blocks, self.plan, strict=True):
             if layer.skip is not None:
-                gate = (
-                    2 * torch.sigmoid(self.skip_lambda).to(x.dtype) * self.skip_gate(shared["x0"])
-                )
-                x = x + gate * outputs[layer.skip]
+                factor = 2 * torch.sigmoid(self.skip_lambda).to(x.dtype)
+                x = x + factor * self.skip_gate(shared["x0"]) * outputs[layer.skip]
             x = block(x, shared)
             outputs.append(x)
         if c.backout:
@@ -939,6 +941,11 @@ def prediction_weights(c):
     return torch.stack((torch.ones(c.steps), second, third), dim=1)
 
 
+def predictions_at(step, c):
+    """How many of them have a weight at update `step`."""
+    return max(1, 3 - 3 * step // (c.steps - c.extension)) if c.multi_token else 1
+
+
 def flops_per_token(model):
     """Floating-point operations of forward and backward: 6 per weight of a matmul, and attention
     over its mean span, averaged over the stages of the run."""
@@ -963,6 +970,7 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 @functools.cache
 def compiled(function, on):
     """Once in the life of the process, for every shape and form that the function meets."""
+    torch._dynamo.config.recompile_limit = 256  # from the ninth on it would run uncompiled
     return torch.compile(function, dynamic=False) if on else function
 
 
@@ -1057,9 +1065,12 @@ class Optimizer:
         there."""
         mine = {param: whole[f"{type(self).__name__} {param}"] for param in self.named}
         first = next(iter(mine.values()))
-        self.steps = first["steps"]
+        self.steps = int(first["steps"])
+        refuse(self.steps < 0, "updates below zero")
         for name in sorted(first.keys() - {"steps"}):
-            rows = self.stack({param: values[name] for param, values in mine.items()})
+            parts = {param: values[name] for param, values in mine.items()}
+            refuse([len(part) for part in parts.values()] != self.sizes, "rows are missing")
+            rows = self.stack(parts)
             self.state[name] = rows[self.mine].clone()
 
 
@@ -1160,15 +1171,12 @@ ADAM_TABLE = {
 
 def is_matrix(name, p):
     """Is this parameter one of the hidden matrices, which Muon and the methods train?"""
-    return name.startswith("blocks.") and p.ndim == 2 and not name.endswith("gate.weight")
+    return name.startswith("blocks.") and p.ndim == 2 and not getattr(p, "is_gate", False)
 
 
 def group_of(name, p):
     """The optimizer group of a parameter that is no hidden matrix."""
-    first, *_, last = (
-        name.removesuffix(".weight").split(".")[0],
-        name.removesuffix(".weight").split(".")[-1],
-    )
+    first, last = name.partition(".")[0], name.rpartition(".")[2]
     if first in ("bigrams", "value_embeds"):
         return "tables"
     if last == "x0_lambda":
@@ -1270,8 +1278,9 @@ def forms(c):
     first = {}
     for step in range(c.steps):
         lists = (c.batch_tokens, c.window, c.short_window)
-        form = *(at_step(values, step, c) for values in lists), 3 * step < 2 * c.steps
-        first.setdefault((form, c.relora and step >= c.relora_warm_start), step)
+        form = [at_step(values, step, c) for values in lists]
+        wrapped = c.relora and step >= c.relora_warm_start
+        first.setdefault((*form, predictions_at(step, c), wrapped), step)
     return [*first.values(), c.steps]
 
 
@@ -1442,7 +1451,8 @@ def save_checkpoint(run):
             log.line(f"checkpoint: {path}")
         except OSError as error:
             log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
     run.runtime.exchange(None)  # the others wait here
 
 
@@ -1453,7 +1463,8 @@ def read_checkpoint(path):
         refuse(hashlib.sha256(data[:-32]).digest() != data[-32:], "wrong checksum")
         state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         dict(state["identity"]), Config(**state["config"])
-        refuse(min(state["step"], state["train_seconds"]) < 0, "it counts below zero")
+        counts = type(state["step"]) is int and state["step"] >= 0
+        refuse(not counts or not 0 <= state["train_seconds"] < math.inf, "it miscounts")
         return state
 
 
@@ -1518,10 +1529,10 @@ def eval_weights(run):
 
 
 def val_rows(run):
-    """Rows per forward pass of a validation: one shape, compiled once."""
-    c = run.config
+    """Rows per forward pass of a validation: one shape, known from the first stage on."""
+    c, first = run.config, next(iter(run.micro.values()))
     share = c.val_tokens // c.val_len // run.runtime.world_size
-    return largest_divisor(share, max(1, max(run.micro.values()) * c.seq_len // c.val_len))
+    return largest_divisor(share, max(1, first * c.seq_len // c.val_len))
 
 
 @torch.no_grad()
@@ -1543,10 +1554,11 @@ def evaluate(run, val):
 def load_model(path, device="cpu") -> GPT:
     """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
     state = read_checkpoint(path)
-    c = Config(**state["config"] | dict(attention="sdpa", compile=False))
-    run = build(c, Runtime(torch.device(device)))
-    run.load_state(state)
-    run.model.set_stage(run.step)
+    with blame(f"{path} does not fit this train_gpt.py"):
+        c = Config(**state["config"] | dict(attention="sdpa", compile=False))
+        run = build(c, Runtime(torch.device(device)))
+        run.load_state(state)
+        run.model.set_stage(run.step)
     swap(run.model, eval_weights(run))
     return run.model.eval()
 
@@ -1609,13 +1621,16 @@ def forward_backward(run, inputs, targets, micro):
 def update(run):
     """One optimizer update. All collectives are under way before the first is waited for."""
     due = [optimizer for optimizer in run.optimizers if (run.step + 1) % optimizer.every == 0]
-    if tied_at(run.step, run.config) and len(due) == len(run.optimizers):
-        wte, head = run.model.wte.weight.grad, run.model.lm_head.weight.grad
-        wte += head  # equal from the first, they stay equal
-        head.copy_(wte)
+    wte, head = run.model.wte.weight, run.model.lm_head.weight
+    tied = tied_at(run.step, run.config) and len(due) == len(run.optimizers)
+    if tied:
+        head.grad += wte.grad
+        wte.grad.copy_(head.grad)
     for stage in ("reduce", "step", "finish"):
         for optimizer in due:
             getattr(optimizer, stage)()
+    if tied:  # by lm_head's rate
+        wte.data.copy_(head.data)
 
 
 def set_stage(run):
@@ -1702,6 +1717,8 @@ def read_losses(run, late=0):
             event.synchronize()
         loss, stopping = host.tolist()
         check_loss(run, step, "train", loss)
+        if stopping:
+            late = 0  # the log that goes into the checkpoint is whole
     if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
 
@@ -1773,7 +1790,7 @@ def open_data(c, runtime):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
     or trained on, or where ranks differ."""
     shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
-    val = Shards(c.val_files, "val_files", c.val_len)
+    val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
     refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
     shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
@@ -1949,9 +1966,9 @@ class ReLoRA(Method):
     @torch.no_grad()
     def after_step(self, step, run):
         c, since = self.config, step - self.config.relora_warm_start
+        self.resume(step, run)  # at the end of the warm start
         if since < 0 or since % c.relora_interval or step == c.steps:
             return
-        self.resume(step, run)  # at the end of the warm start
         for name, layer in adapters(run.model).items():
             layer.weight.copy_(layer.merged())
             uniform_(layer.A, layer.n_in**-0.5, seeded(c.seed, "relora", step, name))
