@@ -265,6 +265,12 @@ def test_stages_are_described_by_the_mean_of_their_updates():
     assert [stage["most_waits"] for stage in stages] == [1, 0, 0]
 
 
+PREFIX = "W1121 14:03:38 4153 torch/_dynamo/convert_frame.py:1995] [0/8] "
+LIMIT = f"""{PREFIX}torch._dynamo hit config.recompile_limit (8)
+{PREFIX}   function: 'planted' (/t.py:1102)
+"""
+
+
 def ended(code=0, output="", total=(), compilations=()):
     """What failures() looks at, of a run and its report."""
     run = SimpleNamespace(code=code, output=output, seen=dict(total=dict.fromkeys(total)))
@@ -280,6 +286,7 @@ def ended(code=0, output="", total=(), compilations=()):
         "does not end": ended(code=None),
         "does not run": ended(code=1, output="ValueError"),
         "does not fit": ended(code=2, output="train_gpt.py: no", total=["memory refused"]),
+        "too many forms": ended(output=LIMIT),
         "refused": ended(total=["refused launch k grid 1,70000,1"]),
         "late compilation": ended(
             compilations=[dict(late=True, seconds=2.0, reason=None, line=3)],

@@ -156,6 +156,16 @@ def graph_breaks_of(run: Run) -> list[dict]:
     return breaks
 
 
+def limits_hit(output: str) -> list[str]:
+    """Functions that torch gave up to compile, since too many forms of them were asked for."""
+    found = re.findall(r"hit config\.(\w+) \((\d+)\)\s+(?:.* )?function: (.*)", output)
+    return [
+        f"{function.strip()} needs more than {limit} graphs ({name}): from there on it runs "
+        "uncompiled"
+        for name, limit, function in found
+    ]
+
+
 def report_on(run: Run, options) -> dict:
     stages = stages_of(run, options)
     compilations = run.seen.get("compilations", [])
@@ -201,6 +211,8 @@ def failures(report: dict, run: Run) -> list[dict]:
             fail("refused", name)
     for entry in report["graph_breaks"]:
         fail("graph break", entry["reason"], entry["line"])
+    for text in limits_hit(run.output):
+        fail("too many forms", text)
     late = [entry for entry in report["compilations"] if entry["late"]]
     if late:
         spent = sum(entry["seconds"] for entry in late)
