@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 torch.set_num_threads(1)
 MARKERS = {
     "gpu": "needs a CUDA device; skipped where there is none",
+    "preflight": "the CUDA path on a stand-in, an hour; runs only when asked for: -m preflight",
     "slow": "takes more than ten seconds; runs only when asked for: pytest -m slow",
 }
 
@@ -24,5 +25,6 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
-            item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
+        for name in ("preflight", "slow"):
+            if item.get_closest_marker(name) and name not in config.getoption("-m"):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: runs with -m {name}"))
