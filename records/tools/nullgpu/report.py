@@ -49,14 +49,19 @@ def single_updates(seen: dict) -> list[tuple[int, dict]]:
 
 def mean_of(updates: list[dict]) -> dict:
     """One update: the mean of what these asked for."""
-    mean = dict(counts={}, triton={})
-    for kind, table in mean.items():
+    n = len(updates)
+    mean = {
+        name: sum(update[name] for update in updates) / n for name in ("host_seconds", "backwards")
+    }
+    for kind in ("counts", "triton"):
+        rows = {}
         for update in updates:
             for name, row in update[kind].items():
-                total = table.get(name, [0] * len(row))
-                table[name] = [a + b / len(updates) for a, b in zip(total, row, strict=True)]
-    for name in ("host_seconds", "backwards"):
-        mean[name] = sum(update[name] for update in updates) / len(updates)
+                rows.setdefault(name, []).append(row)
+        mean[kind] = {
+            name: [sum(column) / n for column in zip(*found, strict=True)]
+            for name, found in rows.items()
+        }
     return mean
 
 

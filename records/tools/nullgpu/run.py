@@ -142,6 +142,10 @@ class Run:
             raise BadInput(
                 "this machine limits address space; lift ulimit -v or vm.overcommit_memory"
             )
+        if self.code is not None and self.code < 0:
+            raise BadInput(
+                f"the run was ended by signal {-self.code}, not by the script; run again"
+            )
         if self.code == 2 and "memory refused" not in total:
             flags = f"the run has --steps {STEPS} unless you say otherwise"
             raise BadInput(f"{self.script.name} refused: {self.last_line()} ({flags})")
