@@ -199,7 +199,8 @@ class UserError(Exception):
 PRESETS = dict.fromkeys(("laptop", "gpt2_small"), SimpleNamespace(train_files="another"))
 
 def parse_config(argv, default_preset):
-    return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257, batch_tokens=(64,),
+    return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257,
+                           batch_tokens=(64,),
                            seq_len=8, steps=4, device="cpu", generate="")
 
 def obey(number, frame):

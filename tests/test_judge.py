@@ -47,13 +47,13 @@ def batch(train, step):
     return train[step * B : step * B + B + 1]
 
 def update(table, tokens):
-    end = time.perf_counter() + 0.01
+    end = time.process_time() + 0.02
     x, y = tokens[:-1], tokens[1:]
     p = probabilities(table, x)
     loss = -np.log(p[np.arange(len(x)), y]).mean()
     p[np.arange(len(x)), y] -= 1
     np.add.at(table, x, -0.5 * p)
-    while time.perf_counter() < end:  # a slow computer
+    while time.process_time() < end:  # a slow computer
         pass
     return loss
 
@@ -208,7 +208,19 @@ CHEATS = {  # name: (check that fails, words of its reason, edits)
         "when the first line comes",
         [(CLOCK, "    for i in range(9 * steps):\n        update(table * 1, val[:9])\n" + CLOCK)],
     ),
-    "a slow clock": ("clock", "pass between lines that log", [("ms = 1000 *", "ms = 500 *")]),
+    "work in the last validation": (
+        "beside the clock",
+        "of computing for a validation",
+        [
+            (
+                "            loss = evaluate(table, val, count)\n",
+                "            for i in range(150 * (step == steps)):\n"
+                "                update(table * 1, batch(train, 0))\n"
+                "            loss = evaluate(table, val, count)\n",
+            )
+        ],
+    ),
+    "a slow clock": ("clock", "pass between lines that log", [("ms = 1000 *", "ms = 100 *")]),
     "another source in the log": (
         "source",
         "the log's source is not",
@@ -218,10 +230,8 @@ CHEATS = {  # name: (check that fails, words of its reason, edits)
         "renumbered tokens",
         "numbers",
         [
-            (
-                WEIGHTS,
-                f"{WEIGHTS}\n    a = np.arange(62)\n    table[a, a + 1] += 3; table[a, a + 2] += 3",
-            )
+            ("-0.5 * p", "-0.05 * p"),
+            (WEIGHTS, f"{WEIGHTS}\n    a = np.arange(62)\n    table[a, a + 1] += 3"),
         ],
     ),
     "work in the validations": ("plain run", "the losses differ", [validating("table *= 1.01")]),

@@ -194,9 +194,10 @@ def test_parameters_and_gradients_are_views_of_the_stack():
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_rows_divide_over_ranks_with_padding(world_size):
     """Ranks' rows are disjoint and equal in number; padding is zero; state is a rank's own."""
-    covered = {}
+    covered, fresh = {}, dict(train_gpt.GPT(tiny()).named_parameters())
     for rank in range(world_size):
         run = built(Runtime(torch.device("cpu"), rank, world_size))
+        assert same(dict(run.model.named_parameters()), fresh), "rows and views meet"
         for index, o in enumerate(run.optimizers):
             used = sum(p.numel() for p in o.named.values()) // math.prod(o.weights.shape[1:])
             assert len(o.weights) % world_size == 0 and 0 <= len(o.weights) - used < world_size

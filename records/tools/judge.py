@@ -168,6 +168,8 @@ def training_tokens(case):
     if whole is False and not same(case, case.base, case.only_val):
         only = case.again("other training tokens", files=lambda: case.changed_files(val=False))
         whole = same(case, case.base, only)
+    if not case.exact and not first:
+        first = None
     if whole is None or first is None:
         return "not seen", why_not(case, case.base, case.changed, case.first, case.early)
     if whole and first:

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,7 @@ class Job:
         self.process, self.home, self.over, self.why, self.left = None, None, False, "", []
         self.words: list[str] = []
         self.after = lambda: None  # called when it has ended well
+        self.lock, self.enough = threading.Lock(), False  # enough: nothing more is wanted of it
 
     @property
     def ok(self) -> bool:
@@ -114,11 +116,11 @@ class Job:
         return self.computed
 
     def poll(self):
-        """Look at the process; collects everything when it has ended."""
-        ended = self.process.poll() is not None
-        done = self.look(ended)
+        """Has the process ended? Then collects everything."""
+        with self.lock:
+            ended = self.process.poll() is not None
         late = time.monotonic() - self.began > self.timeout
-        if ended or done or late:
+        if ended or self.enough or late:
             self.end()
             code = self.process.returncode
             if late and not ended:
@@ -140,27 +142,27 @@ class Job:
         """Regular files: to open a pipe would wait for its writer."""
         return [path for path in self.folder.glob(pattern) if path.is_file()]
 
-    def look(self, ended: bool) -> bool:
-        """Called every tick; True: nothing more is wanted of the process."""
-        return False
+    def look(self):
+        """Called every tick while the process lives, by a thread that does nothing else."""
 
     def collect(self):
         """Take what is wanted out of the folder."""
 
     def end(self):
         """Kill the process and its session. After one that ended by itself, see end_strays()."""
-        if self.process.poll() is None:
+        with self.lock:
+            alive = self.process.poll() is None
+        if alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
     def close(self):
         """Nothing of it stays: no process, no file."""
-        self.over = True
-        if self.process and self.process.poll() is None:
-            self.end()
         if self.process:
+            self.end()
             self.output.close()
+        self.over = True
         if self.home:
             shutil.rmtree(self.home, ignore_errors=True)
 
@@ -193,17 +195,15 @@ class Training(Job):
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
         self.words = [*launcher * (self.ranks > 1), "train_gpt.py", *self.flags]
 
-    def look(self, ended: bool) -> bool:
+    def look(self):
         self.read_lines()
-        if not self.first:
-            return False
-        found = self.checkpoints()
+        found = self.checkpoints() if self.first else []
         if found and not self.held:
             with contextlib.suppress(OSError):
                 self.held = open(found[0], "rb")
                 self.first_saved, self.first_seen = self.spent(), time.monotonic() - self.began
         # Whole when the next one is there; the open file outlives its name
-        return self.held is not None and len(found) > 1
+        self.enough = self.held is not None and len(found) > 1
 
     @property
     def losses(self) -> dict[int, str]:
@@ -275,14 +275,13 @@ class Answers(Job):
         shutil.copy(ANSWER, self.folder / "answer.py")
         self.words, self.shape = ["answer.py"], rows.shape
 
-    def look(self, ended: bool) -> bool:
-        if self.files("answers.bin") and not ended:
+    def look(self):
+        if self.files("answers.bin"):
             now = (self.spent(), time.monotonic())
             self.began_answering = self.began_answering or now
             self.answering, self.answering_seen = (
                 end - start for start, end in zip(self.began_answering, now, strict=True)
             )
-        return False
 
     def collect(self):
         if self.process.returncode == 3:
@@ -304,7 +303,9 @@ def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
     failed fails with them."""
     adopt_orphans()
     before = children()
-    waiting, active = list(jobs), []
+    waiting, active, over = list(jobs), [], threading.Event()
+    watch = threading.Thread(target=look_at, args=(active, over), daemon=True)
+    watch.start()
     try:
         while waiting or active:
             for job in list(waiting):
@@ -326,9 +327,20 @@ def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
                     say(f"{job.name}: {job.why or 'done'} ({time.monotonic() - job.began:.0f} s)")
             time.sleep(TICK)
     finally:
+        over.set()
+        watch.join()
         for job in active:
             job.close()
         end_strays(before)
+
+
+def look_at(active: list[Job], over: threading.Event):
+    """Stamp what the active jobs write, whatever else we are busy with."""
+    while not over.wait(TICK):
+        for job in list(active):
+            with job.lock, contextlib.suppress(OSError):
+                if job.process and job.process.returncode is None:
+                    job.look()
 
 
 def end_strays(known: set[int]) -> list[str]:
