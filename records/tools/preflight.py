@@ -113,7 +113,7 @@ def stage_table(report: dict) -> list[str]:
     def row(label: str, text):
         rows.append([label, *map(text, stages)])
 
-    row("micro-batch, rows", lambda s: f"{s['micro_batches']} x {number(s['micro_batch'])}")
+    row("micro-batch, rows", lambda s: f"{s['micro_batches']:g} x {number(s['micro_batch'])}")
     row("launches", lambda s: number(s["launches"]))
     row("waits for the device", lambda s: number(s["waits"]))
     row("  in the worst update", lambda s: number(s["most_waits"]))
@@ -139,7 +139,7 @@ def class_table(report: dict) -> list[str]:
         rows.append([name, *cells, operations, number(1000 * row["seconds"], 2)])
     lines = table(rows)
     if last["uncounted"]:
-        lines.append(f"{last['uncounted']} launches of kernels whose bytes are not known")
+        lines.append(f"{last['uncounted']:g} launches of kernels whose bytes are not known")
     return lines
 
 
