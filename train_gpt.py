@@ -29,7 +29,6 @@ import datetime
 import functools
 import glob
 import hashlib
-import inspect
 import io
 import itertools
 import json
@@ -332,7 +331,7 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
     """Flags to Config. Errors: UserError for a flag that is wrong, or that nothing would read."""
     parser = argparse.ArgumentParser(
         usage="train_gpt.py [--flag value ...]",
-        description=inspect.getsource(Config).partition("\n    def ")[0],
+        description=SOURCE.partition("class Config:\n")[2].partition("\n    def ")[0],
         epilog=f"The values above are those of nov2024. Presets: {', '.join(PRESETS)}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
