@@ -18,8 +18,8 @@ The whole trainer is this file. From top to bottom:
     Train          warm-up before the clock, the loop, main()
     Methods        ReLoRA, GaLore, LAWA, SuPar: an appendix on hooks; switched off they cost nothing
 
-The recipe: the public record of 8 November 2024 (github.com/KellerJordan/modded-nanogpt, --preset
-nov2024) and what beat it since (measured in records/).
+The recipe is that of the public record of 19 January 2026 (github.com/KellerJordan/modded-nanogpt,
+number 62); --preset nov2024 is that of 8 November 2024.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class Config:
     steps: int = 3242  # optimizer updates
     seed: int = 0  # of the initial weights and everything random
     target: float = 3.28  # validation loss to reach, nats per token
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
     # data
     batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
@@ -452,10 +452,12 @@ HEADER_BYTES = (
 class Shards:
     """Rows of seq_len + 1 tokens out of the token shards that match a glob, in the order of their
     names; none crosses from shard to shard. A row shares its last token with the next one, or, with
-    max_document, starts at a document; mark: the token that stands before each."""
+    max_document, starts at a document; mark: the token that stands before each, the vocabulary's
+    last."""
 
     def __init__(self, pattern: str, flag: str, seq_len: int, max_document: int = 0, mark: int = 0):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
+        self.mark = mark
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         refuse(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
         self.packed = []  # of each shard: rows of documents, as (start, tokens)
@@ -469,8 +471,8 @@ class Shards:
         return int(self.first[-1])
 
     def read(self, numbers) -> Tensor:
-        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut
-        short."""
+        """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut short,
+        or is of another vocabulary."""
         rows = []
         for number in numbers:
             shard = np.searchsorted(self.first, number, side="right") - 1
@@ -481,6 +483,8 @@ class Shards:
             tokens = [read_shard(path, start, count) for start, count in parts]
             rows.append(np.concatenate(tokens))
             refuse(len(rows[-1]) <= self.seq_len, f"{path}: cut short during the run")
+            foreign = self.mark and rows[-1].max() > self.mark
+            refuse(foreign, f"{path}: holds tokens beyond --vocab_size {self.mark + 1}")
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -517,7 +521,8 @@ def shard_tokens(path):
     """Tokens in a shard. Errors: UserError if it is no file, or not as long as its header says."""
     regular = os.path.isfile(path)  # a pipe would block
     header = np.fromfile(path, "<i4", 3).tolist() if regular else None
-    whole = header == [20240520, 1, os.path.getsize(path) // 2 - HEADER_BYTES // 2]
+    size = os.path.getsize(path) if regular else 0
+    whole = header == [20240520, 1, size // 2 - HEADER_BYTES // 2]
     refuse(
         not whole or header[2] == 0, f"{path}: not a whole token shard; fetch or prepare it again"
     )
@@ -591,7 +596,8 @@ def layer_plan(c: Config) -> list[Layer]:
     if c.middle_skip:
         plan[middle].skip = middle // 2
     if c.value_embeds:
-        for i, table in {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2}.items():
+        outer = 0, 1, n - 3, n - 2, n - 1
+        for i, table in zip(outer, (1, 2, 0, 1, 2), strict=True):
             plan[i].table = table if plan[i].attention else None
     return plan
 
@@ -673,6 +679,7 @@ class Gate(Linear):
 
     def __init__(self, n_out):
         super().__init__(12, n_out, init=0.0)
+        self.weight.is_gate = True
 
     def forward(self, x):
         return torch.sigmoid(super().forward(x[..., :12]))
@@ -684,7 +691,8 @@ def bigram_rows(tokens, rows):
     them."""
     before = F.pad(tokens[:, 1:-1], (2, 0), value=rows - 1)
     mixed = (36313 * tokens).int() ^ (27191 * before).int()
-    return F.pad((mixed % (rows - 1))[:, 1:], (1, 0), value=rows - 1)
+    found = mixed % (rows - 1)
+    return F.pad(found[:, 1:], (1, 0), value=rows - 1)
 
 
 class NGrams(nn.ModuleList):
@@ -735,7 +743,8 @@ def rotate(x, tables):
     """Rotary position embedding of [B, T, H, head_dim], arXiv 2104.09864: of the first dims, as
     many as there are angles for; halves, not neighbours."""
     cos, sin = tables[:, : x.size(1)].to(x.dtype)
-    a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    n = cos.size(-1)
+    a, b, rest = x.tensor_split((n, 2 * n), dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
 
 
@@ -763,10 +772,8 @@ class CausalSelfAttention(nn.Module):
         q = self.q(h).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
         k = self.k(h).unflatten(-1, heads)
         v = self.v(h).unflatten(-1, heads)
-        if (
-            self.value_lambda is not None
-        ):  # value residual, arXiv 2410.17897; λ learned (Grad62304977)
-            v1 = shared.setdefault("v1", v)
+        if self.value_lambda is not None:
+            v1 = shared.setdefault("v1", v)  # arXiv 2410.17897; λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
         if layer.table is not None:
             values = shared["values"][layer.table].unflatten(-1, heads)
@@ -776,9 +783,9 @@ class CausalSelfAttention(nn.Module):
         tables = shared["rotary"][layer.paired]
         q, k = rotate(q, tables), rotate(k, tables)
         if layer.offset:  # the dims that do not rotate; the first token keeps its own
-            still = k[..., k.size(-1) // 2 :]
+            turning, still = k.chunk(2, dim=-1)
             before = torch.cat((still[:, :1], still[:, :-1]), dim=1)
-            k = torch.cat((k[..., : k.size(-1) // 2], before), dim=-1)
+            k = torch.cat((turning, before), dim=-1)
         mask = shared["masks"][layer.long, layer.paired]
         if layer.paired:
             y = attend(interleave(q), interleave(k), interleave(v), mask, shared["scale"])
@@ -812,9 +819,7 @@ class Block(nn.Module):
         self.bigram_lambda = nn.Parameter(torch.tensor(0.1)) if c.bigram_rows else None
 
     def forward(self, x, shared):
-        if (
-            self.x_lambda is not None
-        ):  # embedding residual, record of 6 November 2024 (Grad62304977)
+        if self.x_lambda is not None:  # record of 6 November 2024 (Grad62304977)
             x = self.x_lambda.to(x.dtype) * x + self.x0_lambda.to(x.dtype) * shared["x0"]
         if self.bigram_lambda is not None:
             x = x + self.bigram_lambda.to(x.dtype) * shared["bigrams"]
@@ -855,25 +860,27 @@ class GPT(nn.Module):
             if tied:
                 self.lm_head.weight.copy_(self.wte.weight)
         self.register_buffer("predictions", prediction_weights(c), persistent=False)
+        self.register_buffer("rotary", None, persistent=False)  # they change with the window
+        self.register_buffer("paired_rotary", None, persistent=False)
         self.set_stage(0)
 
     def set_stage(self, step):
         """Take the form that update `step`, 0-based, trains; c.steps: of the last validation."""
         c, last = self.config, min(step, self.config.steps - 1)
+        self.ahead = self.predictions[last, : predictions_at(last, c)]
         window, short = at_step(c.window, last, c), at_step(c.short_window, last, c)
         if step == c.steps and c.final_window:
             window = c.final_window
-        weights = self.predictions[last]
-        self.ahead = weights[: 1 + 2 * (3 * step < 2 * c.steps)] if c.multi_token else weights[:1]
-        if self.windows != (window, short):
-            frequencies, self.scale = rotary_at(last, c)
-            places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
-            paired = 2 * places + torch.arange(c.n_head) % 2 if c.paired_heads else places
-            tables = [
-                rotary_tables(frequencies, p).to(self.predictions.device) for p in (places, paired)
-            ]
-            self.rotary = tables
+        if self.windows == (window, short or window):
+            return
         self.windows = window, short or window
+        frequencies, self.scale = rotary_at(last, c)
+        places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
+        self.rotary = rotary_tables(frequencies, places).to(self.predictions.device)
+        if c.paired_heads:
+            taking_turns = 2 * places + torch.arange(c.n_head) % 2
+            tables = rotary_tables(frequencies, taking_turns)
+            self.paired_rotary = tables.to(self.predictions.device)
 
     def forward(self, tokens, targets=None):
         c = self.config
@@ -885,12 +892,12 @@ class GPT(nn.Module):
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
             x = x + self.smear_lambda.to(x.dtype) * self.smear_gate(x) * before
         x = norm(x)
-        shared = dict(x0=x, scale=self.scale, rotary=self.rotary, masks={}, values=[])
-        for layer in self.plan:
-            doubled = docs.repeat_interleave(2, dim=1) if layer.paired else docs
-            key, window = (layer.long, layer.paired), self.windows[not layer.long]
-            if key not in shared["masks"]:
-                shared["masks"][key] = attention_mask(doubled, window, c)
+        rotary = self.rotary, self.paired_rotary
+        shared = dict(x0=x, scale=self.scale, rotary=rotary, masks={})  # by all blocks
+        for long, paired in {(layer.long, layer.paired) for layer in self.plan}:
+            places = docs.repeat_interleave(2, dim=1) if paired else docs
+            mask = attention_mask(places, self.windows[not long], c)
+            shared["masks"][long, paired] = mask
         if c.bigram_rows:
             shared["bigrams"] = self.bigrams(bigram_rows(tokens, c.bigram_rows))
         if c.value_embeds:
@@ -898,10 +905,8 @@ class GPT(nn.Module):
         outputs = []
         for block, layer in zip(self.blocks, self.plan, strict=True):
             if layer.skip is not None:
-                gate = (
-                    2 * torch.sigmoid(self.skip_lambda).to(x.dtype) * self.skip_gate(shared["x0"])
-                )
-                x = x + gate * outputs[layer.skip]
+                factor = 2 * torch.sigmoid(self.skip_lambda).to(x.dtype)
+                x = x + factor * self.skip_gate(shared["x0"]) * outputs[layer.skip]
             x = block(x, shared)
             outputs.append(x)
         if c.backout:
@@ -921,8 +926,11 @@ class GPT(nn.Module):
         """Mean cross-entropy; in training, predictions of later tokens are added by their
         weights."""
         weights = self.ahead if self.training else self.predictions[0, :1]
-        ahead = [F.pad(targets[:, k:], (0, k), value=-100) for k in range(len(weights))]
-        ahead, total = torch.stack(ahead, dim=-1), 0.0
+        total, shifted = 0.0, [targets]
+        while len(shifted) < len(weights):  # what lies beyond the row is left out: -100
+            later = shifted[-1][:, 1:]
+            shifted.append(F.pad(later, (0, 1), value=-100))
+        ahead = torch.stack(shifted, dim=-1)
         for part, goals in zip(x.split(16384, 1), ahead.split(16384, 1), strict=True):
             logits = self.logits(part).flatten(0, 1)
             for weight, goal in zip(weights, goals.flatten(0, 1).unbind(-1), strict=True):
@@ -937,6 +945,11 @@ def prediction_weights(c):
     second = torch.where(thirds < 1, 0.5, 0.5 * (2 - thirds).clamp(min=0))
     third = 0.25 * (1 - thirds).clamp(min=0)
     return torch.stack((torch.ones(c.steps), second, third), dim=1)
+
+
+def predictions_at(step, c):
+    """How many of them have a weight at update `step`."""
+    return max(1, 3 - 3 * step // (c.steps - c.extension)) if c.multi_token else 1
 
 
 def flops_per_token(model):
@@ -963,7 +976,10 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 @functools.cache
 def compiled(function, on):
     """Once in the life of the process, for every shape and form that the function meets."""
-    return torch.compile(function, dynamic=False) if on else function
+    if not on:
+        return function
+    torch._dynamo.config.recompile_limit = 256  # from the ninth on it would run uncompiled
+    return torch.compile(function, dynamic=False)
 
 
 class Optimizer:
@@ -1057,9 +1073,12 @@ class Optimizer:
         there."""
         mine = {param: whole[f"{type(self).__name__} {param}"] for param in self.named}
         first = next(iter(mine.values()))
-        self.steps = first["steps"]
+        self.steps = int(first["steps"])
+        refuse(self.steps < 0, "updates below zero")
         for name in sorted(first.keys() - {"steps"}):
-            rows = self.stack({param: values[name] for param, values in mine.items()})
+            parts = {param: values[name] for param, values in mine.items()}
+            refuse([len(part) for part in parts.values()] != self.sizes, "rows are missing")
+            rows = self.stack(parts)
             self.state[name] = rows[self.mine].clone()
 
 
@@ -1135,11 +1154,12 @@ class Muon(Optimizer):
         """NorMuon (arXiv 2510.05491): divide each row of a tall matrix, column of a wide one, by
         its running RMS, and keep the update's norm."""
         decay = self.config.normuon
-        square = u.square().mean(-1 if u.size(-2) >= u.size(-1) else -2, keepdim=True)
+        across = -1 if u.size(-2) >= u.size(-1) else -2
+        square = u.square().mean(across, keepdim=True)
         mean = self.moment("row_sq", square).lerp_(square, 1 - decay) / (1 - decay**self.steps)
         even = u / (mean + 1e-16).sqrt()
-        old, new = (x.norm(dim=(-2, -1), keepdim=True) for x in (u, even))
-        return even * (old / (new + 1e-7))
+        size = torch.linalg.matrix_norm(u, keepdim=True)
+        return even * (size / (torch.linalg.matrix_norm(even, keepdim=True) + 1e-7))
 
 
 MATRIX_RULES = {"muon": Muon, "adam": Adam}
@@ -1160,15 +1180,12 @@ ADAM_TABLE = {
 
 def is_matrix(name, p):
     """Is this parameter one of the hidden matrices, which Muon and the methods train?"""
-    return name.startswith("blocks.") and p.ndim == 2 and not name.endswith("gate.weight")
+    return name.startswith("blocks.") and p.ndim == 2 and not getattr(p, "is_gate", False)
 
 
 def group_of(name, p):
     """The optimizer group of a parameter that is no hidden matrix."""
-    first, *_, last = (
-        name.removesuffix(".weight").split(".")[0],
-        name.removesuffix(".weight").split(".")[-1],
-    )
+    first, last = name.partition(".")[0], name.rpartition(".")[2]
     if first in ("bigrams", "value_embeds"):
         return "tables"
     if last == "x0_lambda":
@@ -1240,7 +1257,8 @@ def lr_at(step: int, c: Config):
     one update late, as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
     steps = c.steps - c.extension
     left = min(1.0, max(0, steps - step) / max(1, c.cooldown * steps))
-    factor = left * at_step(c.lr_factor, max(0, step - 1), c) + (1 - left) * c.lr_floor
+    stage = at_step(c.lr_factor, max(0, step - 1), c)
+    factor = left * stage + (1 - left) * c.lr_floor
     factor *= min(1.0, (step + 1) / max(1, c.warmup))
     since_wrap = step - c.relora_warm_start
     if c.relora and since_wrap >= 0:  # from near zero back to the same curve
@@ -1270,8 +1288,9 @@ def forms(c):
     first = {}
     for step in range(c.steps):
         lists = (c.batch_tokens, c.window, c.short_window)
-        form = *(at_step(values, step, c) for values in lists), 3 * step < 2 * c.steps
-        first.setdefault((form, c.relora and step >= c.relora_warm_start), step)
+        form = [at_step(values, step, c) for values in lists]
+        wrapped = c.relora and step >= c.relora_warm_start
+        first.setdefault((*form, predictions_at(step, c), wrapped), step)
     return [*first.values(), c.steps]
 
 
@@ -1442,7 +1461,8 @@ def save_checkpoint(run):
             log.line(f"checkpoint: {path}")
         except OSError as error:
             log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
-            aside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()
     run.runtime.exchange(None)  # the others wait here
 
 
@@ -1453,7 +1473,8 @@ def read_checkpoint(path):
         refuse(hashlib.sha256(data[:-32]).digest() != data[-32:], "wrong checksum")
         state = torch.load(io.BytesIO(data[:-32]), map_location="cpu", weights_only=True)
         dict(state["identity"]), Config(**state["config"])
-        refuse(min(state["step"], state["train_seconds"]) < 0, "it counts below zero")
+        counts = type(state["step"]) is int and state["step"] >= 0
+        refuse(not counts or not 0 <= state["train_seconds"] < math.inf, "it miscounts")
         return state
 
 
@@ -1518,10 +1539,10 @@ def eval_weights(run):
 
 
 def val_rows(run):
-    """Rows per forward pass of a validation: one shape, compiled once."""
-    c = run.config
+    """Rows per forward pass of a validation: one shape, known from the first stage on."""
+    c, first = run.config, next(iter(run.micro.values()))
     share = c.val_tokens // c.val_len // run.runtime.world_size
-    return largest_divisor(share, max(1, max(run.micro.values()) * c.seq_len // c.val_len))
+    return largest_divisor(share, max(1, first * c.seq_len // c.val_len))
 
 
 @torch.no_grad()
@@ -1543,10 +1564,11 @@ def evaluate(run, val):
 def load_model(path, device="cpu") -> GPT:
     """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
     state = read_checkpoint(path)
-    c = Config(**state["config"] | dict(attention="sdpa", compile=False))
-    run = build(c, Runtime(torch.device(device)))
-    run.load_state(state)
-    run.model.set_stage(run.step)
+    with blame(f"{path} does not fit this train_gpt.py"):
+        c = Config(**state["config"] | dict(attention="sdpa", compile=False))
+        run = build(c, Runtime(torch.device(device)))
+        run.load_state(state)
+        run.model.set_stage(run.step)
     swap(run.model, eval_weights(run))
     return run.model.eval()
 
@@ -1574,7 +1596,8 @@ def generate(c):
     tokens, generator = [mark, *encode(c.generate)], seeded(c.seed, "generate")
     out.write(c.generate.encode())
     for _ in range(c.generate_tokens):
-        logits = model(torch.tensor([tokens[-seq_len:]], device=device))[0, -1, : mark + 1]
+        context = torch.tensor([tokens[-seq_len:]], device=device)
+        logits = model(context)[0, -1, : mark + 1]
         odds = torch.softmax(logits.cpu() / max(c.temperature, 1e-6), 0)
         tokens.append(int(torch.multinomial(odds, 1, generator=generator)))
         if tokens[-1] == mark:
@@ -1609,13 +1632,16 @@ def forward_backward(run, inputs, targets, micro):
 def update(run):
     """One optimizer update. All collectives are under way before the first is waited for."""
     due = [optimizer for optimizer in run.optimizers if (run.step + 1) % optimizer.every == 0]
-    if tied_at(run.step, run.config) and len(due) == len(run.optimizers):
-        wte, head = run.model.wte.weight.grad, run.model.lm_head.weight.grad
-        wte += head  # equal from the first, they stay equal
-        head.copy_(wte)
+    wte, head = run.model.wte.weight, run.model.lm_head.weight
+    tied = tied_at(run.step, run.config) and len(due) == len(run.optimizers)
+    if tied:
+        head.grad += wte.grad
+        wte.grad.copy_(head.grad)
     for stage in ("reduce", "step", "finish"):
         for optimizer in due:
             getattr(optimizer, stage)()
+    if tied:  # by lm_head's rate
+        wte.data.copy_(head.data)
 
 
 def set_stage(run):
@@ -1702,6 +1728,8 @@ def read_losses(run, late=0):
             event.synchronize()
         loss, stopping = host.tolist()
         check_loss(run, step, "train", loss)
+        if stopping:
+            late = 0  # the log that goes into the checkpoint is whole
     if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
 
@@ -1773,10 +1801,11 @@ def open_data(c, runtime):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
     or trained on, or where ranks differ."""
     shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
-    val = Shards(c.val_files, "val_files", c.val_len)
+    val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
     refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
-    shared = set(map(os.path.realpath, shards.paths)) & set(map(os.path.realpath, val.paths))
+    trained, validated = (set(map(os.path.realpath, s.paths)) for s in (shards, val))
+    shared = trained & validated
     refuse(shared, f"--val_files and --train_files share {shared}: validate on other tokens")
     everyone = runtime.exchange(identity(c, data))
     odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
@@ -1798,9 +1827,8 @@ def train(c, runtime, argv):
     run.optimizers = make_optimizers(run)
     run.micro, run.clock, run.log, run.data = micro, Clock(runtime.device), log, data
     size = sum(p.numel() for p in run.model.parameters())
-    log.line(
-        f"{c.preset}: {size:,} parameters, {c.steps} steps of {c.batch_tokens} tokens", echo=True
-    )
+    batch = ", then ".join(f"{tokens:,}" for tokens in dict.fromkeys(c.batch_tokens))
+    log.line(f"{c.preset}: {size:,} parameters, {c.steps} steps of {batch} tokens", echo=True)
     log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
     if resumption:
         resume(run, *resumption)
@@ -1892,8 +1920,9 @@ class Method:
 
 
 def make_methods(c):
-    on = {ReLoRA: c.relora, GaLore: c.galore, SuPar: c.sparsity or c.mup_base_width, LAWA: c.lawa}
-    return [method(c) for method in on if on[method]]  # LAWA last: it sees what the others did
+    on = {ReLoRA: c.relora, GaLore: c.galore, SuPar: c.sparsity or c.mup_base_width}
+    on[LAWA] = c.lawa  # last: it sees what the others did
+    return [method(c) for method in on if on[method]]
 
 
 class LoRALinear(Linear):
@@ -1908,7 +1937,8 @@ class LoRALinear(Linear):
 
     def forward(self, x):
         low = F.linear(x, self.A.to(x.dtype))
-        return super().forward(x) + self.scale * F.linear(low, self.B.to(x.dtype))
+        change = F.linear(low, self.B.to(x.dtype))
+        return super().forward(x) + self.scale * change
 
     def merged(self):
         change = self.scale * self.B @ self.A
@@ -1949,9 +1979,9 @@ class ReLoRA(Method):
     @torch.no_grad()
     def after_step(self, step, run):
         c, since = self.config, step - self.config.relora_warm_start
+        self.resume(step, run)  # at the end of the warm start
         if since < 0 or since % c.relora_interval or step == c.steps:
             return
-        self.resume(step, run)  # at the end of the warm start
         for name, layer in adapters(run.model).items():
             layer.weight.copy_(layer.merged())
             uniform_(layer.A, layer.n_in**-0.5, seeded(c.seed, "relora", step, name))

@@ -1,7 +1,8 @@
-"""What the trainer's tests share: tiny shards, a tiny config, runs in this process and in several; and the README's table of flags.
+"""What the trainer's tests share: tiny shards, a tiny config, runs in this process and in several.
 
-    python tests/helpers.py --update-readme     writes train_gpt.flag_table() into README.md
-"""
+A tiny config is nov2024 (the fields' defaults) made small, so that a preset may change without
+changing what the tests run."""
+
 import contextlib
 import dataclasses
 import io
@@ -14,25 +15,56 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
+import torch
+
+import train_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:  # when run as a script
-    sys.path.insert(0, str(ROOT))
-import train_gpt  # noqa: E402
-
 RULE = "=" * 100
-STEP = re.compile(r"step:(\d+)/(\d+) (train|val)_loss:(\d+\.\d{4}) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms")
-TINY = dict(preset="laptop", device="cpu", n_layer=2, n_embd=32, n_head=2, ngram=0, normuon=0.0, lr_floor=0.0, seq_len=32, batch_tokens=256,
-            val_tokens=512, val_every=5, steps=12, momentum_warmup=8, lr_muon=0.02, lr_embed=0.3, lr_head=0.008, lr_scalar=0.02, cooldown=0.2856, spread_rows=True)
+STEP = re.compile(
+    r"step:(\d+)/(\d+) (train|val)_loss:(\S+) train_time:(\d+)ms step_avg:(\d+\.\d\d)ms"
+)
+TINY = dict(
+    preset="nov2024",
+    device="cpu",
+    steps=12,
+    batch_tokens=256,
+    seq_len=32,
+    val_tokens=512,
+    val_every=5,
+    spread_rows=True,
+    vocab_size=257,
+    n_layer=2,
+    n_head=2,
+    n_embd=32,
+    bf16=False,
+    lr_head=0.008,
+    momentum_warmup=8,
+)
+EVERY_METHOD = {  # each in its forms, small enough for a tiny run
+    "relora": dict(relora=4, relora_warm_start=3, relora_interval=4),
+    "relora, muon": dict(relora=4, relora_warm_start=6, relora_optimizer="muon", normuon=0.9),
+    "galore": dict(galore=8, galore_interval=5),
+    "galore, muon": dict(galore=8, galore_interval=5, galore_inner="muon"),
+    "galore, 8 bit": dict(galore=8, galore_interval=5, galore_bits=8),
+    "galore, per layer": dict(galore=8, galore_interval=5, galore_per_layer=True, galore_bits=8),
+    "lawa": dict(lawa=3, lawa_interval=2),
+    "lawa, replace": dict(lawa=2, lawa_interval=3, lawa_mode="replace"),
+    "supar": dict(sparsity=0.5, mup_base_width=16),
+    "relora, lawa": dict(relora=4, relora_warm_start=3, relora_interval=4, lawa=2, lawa_interval=3),
+    "supar, lawa": dict(sparsity=0.5, lawa=2, lawa_interval=3),
+}
+CPU = train_gpt.Runtime(torch.device("cpu"))
 
 
-# ------------------------------------------------------------------------------------------------------------ shards, configs
-
-def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> Path:
+# -------------------------------------------------------------------------------- shards, configs
+def write_shard(path: Path, tokens, magic=20240520, version=1, count=None) -> Path:
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(tokens) if count is None else count
     path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
@@ -47,32 +79,52 @@ def text(count: int, seed: int) -> np.ndarray:
 
 
 def make_data(folder: Path, seed: int = 1) -> Path:
-    """Two training shards and one of validation; the first border lies within a row."""
+    """Two training shards, the first no whole number of rows long, and one of validation."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (name, count) in enumerate({"train_000000": 2001, "train_000001": 3000, "val_000000": 700}.items()):
+    sizes = {"train_000000": 2001, "train_000001": 3000, "val_000000": 700}
+    for number, (name, count) in enumerate(sizes.items()):
         write_shard(folder / f"{name}.bin", text(count, 10 * seed + number))
     return folder
 
 
 def tiny(**changes) -> train_gpt.Config:
-    return dataclasses.replace(train_gpt.PRESETS["laptop"], **(TINY | changes))
+    fields = TINY | changes
+    for field in dataclasses.fields(train_gpt.Config):
+        value = fields.get(field.name)
+        if isinstance(field.default, tuple) and isinstance(value, int | float):
+            fields[field.name] = (value,)
+    return train_gpt.Config(**fields)
+
+
+def words(**fields) -> list[str]:
+    """Fields as a command line."""
+    line = []
+    for name, value in fields.items():
+        if isinstance(value, bool):
+            line.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, list | tuple):
+            line += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            line += [f"--{name}", str(value)]
+    return line
 
 
 def flags(folder: Path, **changes) -> list[str]:
-    """The command line of a tiny run on make_data(folder); logs and checkpoints go into the folder too."""
-    fields = TINY | dict(train_files=f"{folder}/train_*.bin", val_files=f"{folder}/val_*.bin", log_dir=f"{folder}/logs",
-                         checkpoint_dir=f"{folder}/checkpoints") | changes
-    words = []
-    for name, value in fields.items():
-        words += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
-    return words
+    """The command line of a tiny run on make_data(folder); its files go into the folder, too."""
+    files = dict(
+        train_files=f"{folder}/train_*.bin",
+        val_files=f"{folder}/val_*.bin",
+        log_dir=f"{folder}/logs",
+        checkpoint_dir=f"{folder}/checkpoints",
+    )
+    return words(**TINY | files | changes)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- runs
-
+# ------------------------------------------------------------------------------------------- runs
 @dataclasses.dataclass
 class Outcome:
-    """What a run left: exit code, both streams, the log's text and path, the final weights (when it came to its end)."""
+    """What a run left: exit code, both streams, the log's path, the final weights (if it ended)."""
+
     code: int
     out: str = ""
     err: str = ""
@@ -89,7 +141,8 @@ class Outcome:
         return self.log.rpartition(RULE + "\n")[2].splitlines()
 
     def facts(self) -> dict[str, str]:
-        return dict(line.split(": ", 1) for line in self.log.rpartition(RULE)[0].rpartition(RULE + "\n")[2].splitlines())
+        table = self.log.rpartition(RULE)[0].rpartition(RULE + "\n")[2]
+        return dict(line.split(": ", 1) for line in table.splitlines())
 
     def losses(self) -> list[tuple[str, str, str]]:
         """(step, train or val, loss) of every step line, as written."""
@@ -99,28 +152,36 @@ class Outcome:
         return json.loads(self.body[-1])
 
 
-def run(argv: list[str]) -> Outcome:
-    """train_gpt.main in this process, its streams caught, its signal handlers undone."""
-    result_of, out, err, weights, paths = train_gpt.result_of, *(io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe"), {}, []
+def run(argv: list[str], trainer=train_gpt) -> Outcome:
+    """The trainer's main in this process, its streams caught, its signal handlers undone."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in "oe")
+    result_of, make_log = trainer.result_of, trainer.Log.__init__
+    weights, paths = {}, []
 
     def keep_weights(ran, *rest):
-        weights.update({name: p.detach().clone() for name, p in ran.model.state_dict().items()})
+        weights.update({name: t.clone() for name, t in ran.model.state_dict().items()})
         return result_of(ran, *rest)
 
     def keep_path(log, *rest):
         make_log(log, *rest)
         paths.append(log.path)
 
-    handlers, make_log = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, train_gpt.Log.__init__
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(train_gpt, "result_of", keep_weights), \
-                mock.patch.object(train_gpt.Log, "__init__", keep_path):
-            code = train_gpt.main([str(word) for word in argv])
-    except SystemExit as ended:  # --help
-        code = ended.code
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    with (
+        warnings.catch_warnings(action="ignore"),  # torchrun's `record` wants a real stderr
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        mock.patch.object(trainer, "result_of", keep_weights),
+        mock.patch.object(trainer.Log, "__init__", keep_path),
+    ):
+        try:
+            code = trainer.main([str(word) for word in argv])
+        except SystemExit as ended:  # --help
+            code = ended.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     texts = [stream.buffer.getvalue().decode(errors="replace") for stream in (out, err)]
     return Outcome(code, *texts, path=paths[0] if paths else None, weights=weights or None)
 
@@ -128,9 +189,30 @@ def run(argv: list[str]) -> Outcome:
 def check_refused(outcome: Outcome, *expected: str):
     """One line on stderr that holds the expected words, exit code 2."""
     assert outcome.code == 2, (outcome.code, outcome.err)
-    assert len(outcome.err.splitlines()) == 1 and outcome.err.startswith("train_gpt.py: "), outcome.err
-    for words in expected:
-        assert words in outcome.err, (words, outcome.err)
+    assert outcome.err.startswith("train_gpt.py: "), outcome.err
+    assert len(outcome.err.splitlines()) == 1, outcome.err
+    for part in expected:
+        assert part in outcome.err, (part, outcome.err)
+
+
+def same(a: dict, b: dict) -> bool:
+    """Two dictionaries of tensors are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextlib.contextmanager
+def at_step(step: int, act):
+    """Call act(run) after update number `step`, 1-based, of training."""
+    update = train_gpt.update
+
+    def update_and_act(run):
+        update(run)
+        if run.log and run.step + 1 == step:  # not the warm-up's
+            act(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "update", update_and_act)
+        yield
 
 
 def free_port() -> int:
@@ -140,24 +222,26 @@ def free_port() -> int:
 
 
 class Ranks:
-    """Processes of one run, forked off a server that has imported the trainer once: an import takes longer than a tiny run.
+    """Processes of one run, forked off a server that has imported the trainer once: an import takes
+    longer than a tiny run.
 
-    argvs: one command line per rank. before: called in each process, with its rank, before main."""
+    argvs: a command line per rank. before: called in each process, with its rank, before main."""
 
     def __init__(self, folder: Path, argvs: list[list[str]], before=None):
         folder.mkdir(parents=True, exist_ok=True)
-        # The server is started once and keeps the environment that it finds then
+        # the server is started once and keeps the environment that it finds then
         with mock.patch.dict(os.environ, OMP_NUM_THREADS="1"):
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["train_gpt", "helpers"])
             self.folder, port = folder, free_port()
-            self.processes = [context.Process(target=_rank, args=(folder, rank, len(argvs), port, argv, before), daemon=True)
-                              for rank, argv in enumerate(argvs)]
-            for process in self.processes:
-                process.start()
+            self.processes = []
+            for rank, argv in enumerate(argvs):
+                args = (folder, rank, len(argvs), port, argv, before)
+                self.processes.append(context.Process(target=_rank, args=args, daemon=True))
+                self.processes[-1].start()
 
     def wait(self, seconds: float = 60) -> list[Outcome]:
-        """Every rank's outcome; processes that have not ended by then are killed, and their code is that of SIGKILL, -9."""
+        """Every rank's outcome; what has not ended by then is killed: -9, the code of SIGKILL."""
         end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
@@ -165,26 +249,22 @@ class Ranks:
             if process.is_alive():
                 process.kill()
                 process.join()
-        logs = list(self.folder.glob("logs/*.txt"))
-        return [Outcome(process.exitcode, *((self.folder / f"{name}{rank}").read_text() for name in ("out", "err")), path=logs[0] if logs else None)
-                for rank, process in enumerate(self.processes)]
-
-    def wait_for_step(self, step: int, seconds: float = 60):
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            logs = list(self.folder.glob("logs/*.txt"))
-            if logs and re.search(rf"^step:{step}/", logs[0].read_text().rpartition(RULE)[2], re.M):
-                return
-            assert any(process.is_alive() for process in self.processes), "the run ended before that step"
-            time.sleep(0.01)
-        raise AssertionError(f"no step {step} within {seconds} s")
+        path = next(self.folder.glob("logs/*.txt"), None)
+        outcomes = []
+        for rank, process in enumerate(self.processes):
+            texts = [(self.folder / f"{name}{rank}").read_text() for name in ("out", "err")]
+            outcomes.append(Outcome(process.exitcode, *texts, path=path))
+        return outcomes
 
 
 def _rank(folder: Path, rank: int, world_size: int, port: int, argv: list[str], before):
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
-        os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC), stream.fileno())
+        file = os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, stream.fileno())
     if world_size > 1:
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        numbers = dict(RANK=rank, WORLD_SIZE=world_size, LOCAL_RANK=rank, MASTER_PORT=port)
+        os.environ.update({name: str(number) for name, number in numbers.items()})
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
     if before:
         before(rank)
     code = train_gpt.main(argv)
@@ -193,43 +273,24 @@ def _rank(folder: Path, rank: int, world_size: int, port: int, argv: list[str], 
     os._exit(code)
 
 
-def torchrun(argv: list[str], *options: str) -> subprocess.Popen:
-    """The trainer under torchrun, as a user starts it; options are torchrun's."""
-    command = [sys.executable, "-m", "torch.distributed.run", *options, str(ROOT / "train_gpt.py"), *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+def torchrun(argv: list[str], *options: str, script: Path = ROOT / "train_gpt.py"):
+    """The trainer under torchrun, as a user starts it; options are torchrun's. A Popen."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script), *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------- README
-
-def flag_lines() -> str:
-    """The table of flags that stands in README.md between <!-- flags --> and <!-- /flags -->."""
-    lines = ["| flag | what it sets | default |", "|---|---|---|"]
-    for name, comment, default in train_gpt.flag_table():
-        shown = {"True": "on", "False": "off", "None": ""}.get(str(default), default)
-        lines.append(f"| `--{name}` | {comment.replace('|', chr(92) + '|').replace('<', '&lt;')} | {f'`{shown}`' if shown != '' else ''} |")
-    return "\n".join(lines)
-
-
-def with_flags(readme: str) -> str:
-    """The README with a fresh table. Errors: ValueError when the marks are missing."""
-    new, count = re.subn(r"(<!-- flags -->\n).*?(<!-- /flags -->)", lambda found: f"{found[1]}{flag_lines()}\n{found[2]}", readme, flags=re.S)
-    if count != 1:
-        raise ValueError("README.md needs one <!-- flags --> ... <!-- /flags -->")
-    return new
-
-
-def main(argv=None) -> int:
-    if (sys.argv[1:] if argv is None else argv) != ["--update-readme"]:
-        print(__doc__)
-        return 0
-    path = ROOT / "README.md"
-    new = with_flags(path.read_text(encoding="utf-8"))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(new, encoding="utf-8")
-    os.replace(temporary, path)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def wait_for_step(folder: Path, step: int, seconds: float = 60):
+    """Until the only log under a folder holds that step."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        logs = list(folder.glob("logs/*.txt"))
+        if logs and f"\nstep:{step}/" in logs[0].read_text().rpartition(RULE)[2]:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step} within {seconds} s")

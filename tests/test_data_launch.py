@@ -89,11 +89,18 @@ def test_gpus_fetch_fineweb_and_start_a_process_each(start):
 
 @pytest.mark.parametrize(
     "batch_tokens, epochs, number",
-    [(524_288, 1, 17), ([131_072, 262_144, 393_216], 1, 9), (524_288, 2, 9), (25_000_000, 1, 811)],
+    [
+        ((524_288,), 1, 17),
+        ((131_072, 262_144, 393_216), 1, 9),
+        ((524_288,), 2, 9),
+        ((25_000_000,), 1, 811),
+    ],
 )
 def test_as_many_shards_as_the_run_needs(batch_tokens, epochs, number):
     # 3242 steps: 1081, 1081 and 1080 of them in stages, 850M tokens in all
-    config = SimpleNamespace(steps=3242, batch_tokens=batch_tokens, epochs_allowed=epochs)
+    config = SimpleNamespace(
+        steps=3242, extension=0, max_document=0, batch_tokens=batch_tokens, epochs_allowed=epochs
+    )
     assert launch.fineweb_shards(config) == number
 
 
@@ -192,7 +199,8 @@ class UserError(Exception):
 PRESETS = dict.fromkeys(("laptop", "gpt2_small"), SimpleNamespace(train_files="another"))
 
 def parse_config(argv, default_preset):
-    return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257, batch_tokens=64,
+    return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257,
+                           batch_tokens=(64,),
                            seq_len=8, steps=4, device="cpu", generate="")
 
 def obey(number, frame):

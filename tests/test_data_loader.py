@@ -1,16 +1,18 @@
-"""Shards and batches: what is refused before step 0, and that a batch depends on the data and the step alone."""
-import hashlib
+"""Shards and batches: what is refused before step 0; a batch depends on data and step alone."""
+
 import json
 import os
-import shutil
 
 import numpy as np
 import pytest
 import torch
-from helpers import check_refused, flags, make_data, run, text, tiny, write_shard
+from helpers import at_step, check_refused, flags, make_data, run, text, tiny, write_shard
 
 import train_gpt
-from train_gpt import Batches, Runtime, Shards, UserError
+from train_gpt import Batches, Shards, UserError
+
+T = 32
+STAGES = dict(batch_tokens=(64, 128, 256))  # over 12 steps: 2, 4, 8 rows
 
 
 @pytest.fixture
@@ -19,256 +21,238 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory):
-    """(folder, the training tokens as one array)."""
-    folder = make_data(tmp_path_factory.mktemp("stream"))
-    return folder, np.concatenate([text(2001, 10), text(3000, 11)])
+def source(tmp_path_factory):
+    """(folder, its training rows [155, T + 1]: none crosses from shard to shard)."""
+    folder = make_data(tmp_path_factory.mktemp("source"))
+    rows = []
+    for count, seed in ((2001, 10), (3000, 11)):
+        tokens = text(count, seed)
+        rows += [tokens[at : at + T + 1] for at in range(0, count - T, T)]
+    return folder, torch.from_numpy(np.stack(rows))
 
 
 def batches(folder, **changes) -> Batches:
-    return Batches(Shards(f"{folder}/train_*.bin", "train_files"), tiny(**changes))
+    return Batches(Shards(f"{folder}/train_*.bin", "train_files", T), tiny(**changes))
 
 
-# ----------------------------------------------------------------------------------------------------------------- bad shards
-
-def rewrite(path, **header):
-    write_shard(path, text(2001, 10), **header)
-
-
-def bad_token(path):
-    tokens = text(2001, 10)
-    tokens[1234] = 257
-    write_shard(path, tokens)
-
-
-def foreign_bytes(path):
-    path.write_bytes(b"not tokens at all" * 200)
+# --------------------------------------------------------------------------------------- bad shards
+def make_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
 
 
 FAULTS = {
-    "magic": (lambda p: rewrite(p, magic=20240521), "[20240521, 1, 2001], in a file of its size [20240520, 1, 2001]"),
-    "version": (lambda p: rewrite(p, version=2), "[20240520, 2, 2001], in a file of its size [20240520, 1, 2001]"),
-    "count too large": (lambda p: rewrite(p, count=2002), "[20240520, 1, 2002], in a file of its size [20240520, 1, 2001]"),
-    "count too small": (lambda p: rewrite(p, count=2000), "[20240520, 1, 2000], in a file of its size [20240520, 1, 2001]"),
-    "negative count": (lambda p: rewrite(p, count=-1), "not a whole token shard"),
-    "truncated": (lambda p: os.truncate(p, 3000), "[20240520, 1, 2001], in a file of its size [20240520, 1, 988]"),
-    "header cut": (lambda p: os.truncate(p, 700), "token shard"),
-    "empty file": (lambda p: os.truncate(p, 0), "token shard"),
-    "no tokens": (lambda p: write_shard(p, []), "not a whole token shard"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "token shard"),
-    "text": (foreign_bytes, "not a whole token shard"),
-    "token >= vocab": (bad_token, "holds token 257, but --vocab_size is 257"),
+    "magic": lambda path: write_shard(path, text(2001, 10), magic=20240521),
+    "version": lambda path: write_shard(path, text(2001, 10), version=2),
+    "count too large": lambda path: write_shard(path, text(2001, 10), count=2002),
+    "count too small": lambda path: write_shard(path, text(2001, 10), count=2000),
+    "negative count": lambda path: write_shard(path, text(2001, 10), count=-1),
+    "truncated": lambda path: os.truncate(path, 3000),
+    "header cut": lambda path: os.truncate(path, 700),
+    "header cut short": lambda path: os.truncate(path, 7),
+    "empty file": lambda path: os.truncate(path, 0),
+    "no tokens": lambda path: write_shard(path, []),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": make_pipe,  # reading it would block for ever
+    "a dead link": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+    "text": lambda path: path.write_bytes(b"not tokens at all" * 200),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", ["train_000000.bin", "val_000000.bin"])
-def test_bad_shard_is_refused_before_step_0(fault, name, folder):
-    damage, words = FAULTS[fault]
-    damage(folder / name)
-    check_refused(run(flags(folder)), str(folder / name), words if name.startswith("train") or "2001" not in words else "in a file of its size")
+def test_a_bad_shard_is_refused_before_step_0(fault, name, folder):
+    FAULTS[fault](folder / name)
+    check_refused(run(flags(folder)), str(folder / name), "not a whole token shard")
     assert not (folder / "logs").exists(), "refused before a log is opened"
 
 
-def test_missing_shards(folder, tmp_path):
-    check_refused(run(flags(folder, train_files=f"{folder}/nothing_*.bin")), "--train_files", "no such files", "./run.sh")
-    (tmp_path / "empty").mkdir()
-    check_refused(run(flags(folder, val_files=f"{tmp_path}/empty/*")), "--val_files", "no such files")
-    check_refused(run(flags(folder, val_files=f"{tmp_path}/absent/*")), "--val_files", "no such files")
+def test_tokens_outside_the_vocabulary_are_one_line(folder):
+    """Shards of another tokenizer: say so at once, not in a kernel's words."""
+    write_shard(folder / "val_000000.bin", text(700, 1) + 1000)
+    check_refused(run(flags(folder)), "val_000000.bin", "--vocab_size 257")
+    make_data(folder)
+    write_shard(folder / "train_000001.bin", text(3000, 1) + 1000)
+    check_refused(run(flags(folder)), "train_000001.bin", "--vocab_size 257")
 
 
-def test_too_few_tokens_says_how_many_shards(folder):
-    # 5,001 tokens in 2 shards; 40 steps of 256 need 10,241: 10,241 / 2,500.5, rounded up
-    check_refused(run(flags(folder, steps=40)), "5,001 tokens", "10,241", "about 5 such shards", "data/fineweb.py 5", "--epochs_allowed")
-    check_refused(run(flags(folder, val_tokens=704)), "700 tokens", "705")
-    check_refused(run(flags(folder, batch_tokens=8192, steps=1, epochs_allowed=9)), "needs 8,193")
-    assert run(flags(folder, steps=40, epochs_allowed=3, val_every=0)).code == 0
+def test_missing_or_too_few_tokens(folder):
+    for nothing in (f"{folder}/nothing_*.bin", f"{folder}/absent/*"):
+        check_refused(run(flags(folder, val_files=nothing)), "--val_files", "no such files")
+    # 155 rows, of which 19 whole batches of 8
+    words = ("holds 155 rows", "reads 160", "--epochs_allowed")
+    check_refused(run(flags(folder, steps=20)), *words)
+    check_refused(run(flags(folder, val_tokens=704)), "val_*.bin", "--val_tokens")
+    check_refused(run(flags(folder, batch_tokens=8192, steps=1, epochs_allowed=9)), "256")
+    assert run(flags(folder, steps=20, epochs_allowed=2, val_every=0)).code == 0
+    assert run(flags(folder, val_tokens=672, val_every=0)).code == 0
 
 
-def test_just_enough_tokens(folder):
-    for count, fine in ((12 * 256 + 1, True), (12 * 256, False)):
-        write_shard(folder / "just.bin", text(count, 5))
-        shards = Shards(f"{folder}/just.bin", "train_files")
-        plan = Batches(shards, tiny(steps=12, spread_rows=False))
-        if fine:
-            shards.verify(plan.tokens_read, 257)
-            assert plan.batch_at(11).shape == (8, 33)
-        else:
-            with pytest.raises(UserError, match="the run needs 3,073"):
-                shards.verify(plan.tokens_read, 257)
+def test_validation_on_training_shards_is_refused(folder):
+    for pattern in ("train_*.bin", "train_000001.bin", "*.bin"):
+        check_refused(run(flags(folder, val_files=f"{folder}/{pattern}")), "validate on other")
+    (folder / "link_0.bin").symlink_to(folder / "train_000001.bin")
+    check_refused(run(flags(folder, val_files=f"{folder}/link_*.bin")), "validate on other")
 
 
-def test_verify_hashes_the_shards_that_are_read_and_no_others(stream):
-    folder, _ = stream
-    shards = Shards(f"{folder}/train_*.bin", "train_files")
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("train_*.bin")}
-    assert shards.verify(5001, 257) == hashes
-    assert shards.verify(2001, 257) == {"train_000000.bin": hashes["train_000000.bin"]}
-    assert shards.verify(2002, 257) == hashes
+def test_hashes_come_from_the_manifest(folder):
+    shards = Shards(f"{folder}/train_*.bin", "train_files", T)
+    assert shards.hashes() == {"train_000000.bin": None, "train_000001.bin": None}
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({"files": {"train_000000.bin": {"sha256": "abc"}}}))
+    assert shards.hashes() == {"train_000000.bin": "abc", "train_000001.bin": None}
+    logged = json.loads(run(flags(folder, steps=1)).facts()["data_sha256"])
+    assert logged["train_000000.bin"] == "abc" and logged["val_000000.bin"] is None
+    nested = "[" * 100_000 + "]" * 100_000
+    for broken in ("", "{", "[]", '{"files": 3}', '{"files": {"val_000000.bin": 3}}', nested):
+        manifest.write_text(broken)
+        check_refused(run(flags(folder)), "manifest.json", "delete it")
 
 
-def test_manifest_is_kept_to(folder):
-    """One flipped byte that leaves a token in range: only the recorded hash can tell."""
-    names = [path.name for path in folder.glob("*.bin")]
-    recorded = {name: {"sha256": hashlib.sha256((folder / name).read_bytes()).hexdigest()} for name in names}
-    (folder / "manifest.json").write_text(json.dumps({"files": recorded}))
-    assert run(flags(folder, steps=2)).code == 0
-    path = folder / "train_000000.bin"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:])
-    check_refused(run(flags(folder)), str(path), "manifest.json")
-    path.write_bytes(whole)
-    del recorded["train_000000.bin"]  # a shard that was added by hand
-    (folder / "manifest.json").write_text(json.dumps({"files": recorded}))
-    assert run(flags(folder, steps=2)).code == 0
-    for broken in ("", "{", "[]", '{"files": 3}', '{"files": {"val_000000.bin": 3}}'):
-        (folder / "manifest.json").write_text(broken)
-        check_refused(run(flags(folder)), "manifest.json: cannot be read", "delete it")
-
-
-# -------------------------------------------------------------------------------------------------------------------- batches
-
-def test_the_stream_runs_across_borders(stream):
-    folder, tokens = stream
-    shards = Shards(f"{folder}/train_*.bin", "train_files")
-    assert len(shards) == 5001
-    for start, count in ((0, 1), (1990, 30), (2000, 1), (2001, 1), (2000, 2), (0, 5001), (4990, 11)):
-        read = shards.read(start, count)
-        assert read.dtype == np.uint16 and np.array_equal(read, tokens[start:start + count]), (start, count)
-
-
-def test_rows_in_order_are_the_stream(stream):
-    folder, tokens = stream
+# ------------------------------------------------------------------------------------------ batches
+def test_rows_are_those_of_the_shards_in_order(source):
+    folder, rows = source
+    shards = Shards(f"{folder}/train_*.bin", "train_files", T)
+    assert len(shards) == len(rows) == 155
+    read = shards.read(range(155))
+    assert read.dtype == torch.int64 and torch.equal(read, rows)
+    assert torch.equal(shards.read([61, 62, 0]), rows[[61, 62, 0]]), "across the border, any order"
     plan = batches(folder, spread_rows=False)
     for step in range(12):
-        rows = plan.batch_at(step)
-        assert rows.shape == (8, 33)
-        for row in range(8):  # step 7 crosses the border between the shards
-            start = step * 256 + row * 32
-            assert np.array_equal(rows[row], tokens[start:start + 33])
+        assert torch.equal(plan.batch_at(step), rows[8 * step : 8 * step + 8])
+    inputs, targets = train_gpt.split(plan.batch_at(3), torch.device("cpu"))
+    assert torch.equal(inputs[:, 1:], targets[:, :-1]) and inputs.shape == targets.shape == (8, T)
+    assert torch.equal(targets, rows[24:32, 1:])
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_batch_at_is_pure(spread, stream):
-    folder, _ = stream
-    plan, again = batches(folder, spread_rows=spread), batches(folder, spread_rows=spread, seed=5)
-    forward = [plan.batch_at(step) for step in range(12)]
+@pytest.mark.parametrize("changes", [{}, dict(spread_rows=False), STAGES], ids=str)
+def test_batch_at_is_pure_and_ranks_only_slice_it(changes, source):
+    plan, again = batches(source[0], **changes), batches(source[0], seed=5, **changes)
+    whole = [plan.batch_at(step) for step in range(12)]
     for step in reversed(range(12)):  # any order, any object, any seed
-        assert np.array_equal(again.batch_at(step), forward[step])
-    assert any(not np.array_equal(forward[0], batch) for batch in forward[1:])
+        assert torch.equal(again.batch_at(step), whole[step])
+        for ranks in (1, 2, 4):
+            if len(whole[step]) % ranks == 0:
+                parts = [plan.batch_at(step, rank, ranks) for rank in range(ranks)]
+                assert {len(part) for part in parts} == {len(whole[step]) // ranks}
+                assert torch.equal(torch.cat(parts), whole[step])
+    rows = {tuple(row.tolist()) for batch in whole for row in batch}
+    assert len(rows) == sum(map(len, whole)), "no row twice"
+
+
+def test_a_schedule_of_batches_reads_on_where_it_was(source):
+    folder, rows = source
+    plan = batches(folder, spread_rows=False, **STAGES)
+    sizes = [len(plan.batch_at(step)) for step in range(12)]
+    assert sizes == [2] * 4 + [4] * 4 + [8] * 4
+    read = torch.cat([plan.batch_at(step) for step in range(12)])
+    assert torch.equal(read, rows[: sum(sizes)])
+
+
+@pytest.mark.parametrize(
+    "values, steps, expected",
+    [
+        ((7,), 5, [7] * 5),
+        ((1, 2), 5, [1, 1, 1, 2, 2]),
+        ((1, 2, 3), 7, [1, 1, 1, 2, 2, 3, 3]),
+        ((1, 2, 3), 2, [1, 2]),  # more stages than updates: the last are never reached
+    ],
+)
+def test_a_value_for_each_equal_stage(values, steps, expected):
+    c = tiny(steps=steps, momentum_warmup=1)
+    assert [train_gpt.at_step(values, step, c) for step in range(steps)] == expected
+    assert train_gpt.at_step(values, steps, c) == expected[-1], "after the last update, too"
+
+
+def test_the_last_value_is_the_extensions():
+    """Where there are several; the others have equal shares of what comes before."""
+    c = tiny(steps=7, extension=3, momentum_warmup=1)
+    values = [train_gpt.at_step((1, 2, 9), step, c) for step in range(7)]
+    assert values == [1, 1, 2, 2, 9, 9, 9]
+    assert {train_gpt.at_step((4,), step, c) for step in range(8)} == {4}
+
+
+def test_spread_rows_reads_every_row_once_an_epoch(source):
+    folder, rows = source
+    plan = batches(folder, steps=19)  # an epoch
+    read = torch.cat([plan.batch_at(step) for step in range(19)])
+    numbers = [next(n for n in range(152) if torch.equal(rows[n], row)) for row in read]
+    assert sorted(numbers) == list(range(152))
+    first = numbers[:8]
+    gaps = [abs(a - b) for a in first for b in first if a != b]
+    assert min(gaps) > 8, "neighbours in a batch come from far apart"
 
 
 @pytest.mark.parametrize("spread", [False, True])
-def test_ranks_and_micro_batches_only_slice(spread, stream):
-    folder, _ = stream
-    plan = batches(folder, spread_rows=spread)
-    for step in (0, 7):
-        whole = plan.batch_at(step)
-        for world_size in (1, 2, 4, 8):
-            share = 8 // world_size
-            ranks = [next(batches(folder, spread_rows=spread).stream(step, step + 1, Runtime(torch.device("cpu"), rank, world_size)))
-                     for rank in range(world_size)]
-            assert np.array_equal(np.concatenate([x.numpy() for x, _ in ranks]), whole[:, :-1])
-            assert np.array_equal(np.concatenate([y.numpy() for _, y in ranks]), whole[:, 1:])
-            assert all(x.shape == y.shape == (share, 32) and x.dtype == torch.int64 for x, y in ranks)
-
-
-def test_stream_starts_anywhere_and_targets_are_one_ahead(stream):
-    folder, _ = stream
-    runtime = Runtime(torch.device("cpu"))
-    whole = list(batches(folder).stream(0, 12, runtime))
-    assert len(whole) == 12
-    for (x, y), (x2, y2) in zip(whole[5:], batches(folder).stream(5, 12, runtime), strict=True):
-        assert torch.equal(x, x2) and torch.equal(y, y2)
-        assert torch.equal(x[:, 1:], y[:, :-1])
-
-
-def test_spread_rows_reads_every_row_once_an_epoch(stream):
-    folder, tokens = stream
-    plan = batches(folder, spread_rows=True, steps=19)
-    rows = np.concatenate([plan.batch_at(step) for step in range(19)])
-    expected = np.stack([tokens[n * 32:n * 32 + 33] for n in range(152)])
-    assert np.array_equal(rows[np.lexsort(rows.T)], expected[np.lexsort(expected.T)])
-    numbers = [next(n for n in range(152) if np.array_equal(expected[n], row)) for row in plan.batch_at(0)]
-    assert min(abs(a - b) for a in numbers for b in numbers if a != b) > 8, "neighbours in a batch come from far apart"
-
-
-@pytest.mark.parametrize("spread", [False, True])
-def test_epochs_allowed(spread, stream):
-    folder, _ = stream
-    plan = batches(folder, spread_rows=spread, steps=40, epochs_allowed=3)  # 19 batches are an epoch
-    assert plan.tokens_read <= 5001
+def test_epochs_repeat_the_same_batches(spread, source):
+    plan = batches(source[0], spread_rows=spread, steps=40, epochs_allowed=3)
     for step in (0, 5, 18):
-        assert np.array_equal(plan.batch_at(step), plan.batch_at(step + 19))
-        assert np.array_equal(plan.batch_at(step), plan.batch_at(step + 38))
-    with pytest.raises(UserError, match="--epochs_allowed"):
-        once = batches(folder, spread_rows=spread, steps=40)
-        once.shards.verify(once.tokens_read, 257)
-    with pytest.raises(UserError, match="--epochs_allowed"):  # 2 x 19 batches are not 40
-        twice = batches(folder, spread_rows=spread, steps=40, epochs_allowed=2)
-        twice.shards.verify(twice.tokens_read, 257)
+        assert torch.equal(plan.batch_at(step), plan.batch_at(step + 19))
+    for allowed, steps in ((1, 20), (2, 39)):
+        with pytest.raises(UserError, match="--epochs_allowed"):
+            batches(source[0], spread_rows=spread, steps=steps, epochs_allowed=allowed)
+        batches(source[0], spread_rows=spread, steps=steps - 1, epochs_allowed=allowed)
 
 
-# ------------------------------------------------------------------------------------------------------------- during the run
-
-CHANGES = {
-    "cut short": lambda path: os.truncate(path, 2000),
-    "grown": lambda path: path.write_bytes(path.read_bytes() + b"12"),
-    "one byte": lambda path: (path.write_bytes(path.read_bytes()[:-1] + b"\x01"), os.utime(path, ns=(1, 1))),
-    "replaced": lambda path: (shutil.copy(path, f"{path}.new"), os.replace(f"{path}.new", path)),
-    "removed": lambda path: path.unlink(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_shard_that_changes_during_the_run_is_noticed(change, folder):
-    shards = Shards(f"{folder}/train_*.bin", "train_files")
-    shards.read(100, 10)
-    CHANGES[change](folder / "train_000000.bin")
-    with pytest.raises(UserError, match="train_000000.bin: changed during the run"):
-        shards.read(100, 10)
-    shards.read(2001, 10)  # the other is as it was
+def naive_documents(tokens, room, most):
+    """Rows of documents, each cut to `most` and to what is left of its row."""
+    rows, row, document = [], [], []
+    for token in [*tokens.tolist(), 256]:
+        if token == 256 and document:
+            row += document[:most][: room - len(row)]
+            document = []
+            if len(row) == room:
+                rows.append(row)
+                row = []
+        if document or token == 256:
+            document.append(token)
+    return torch.tensor(rows)
 
 
-def test_prefetch_passes_errors_on(folder):
-    runtime, plan = Runtime(torch.device("cpu")), batches(folder, spread_rows=False)
-    stream = plan.stream(0, 12, runtime)
-    next(stream)
-    os.truncate(folder / "train_000001.bin", 1500)
-    with pytest.raises(UserError, match="train_000001.bin: changed"):
-        list(stream)
+@pytest.mark.parametrize("most", [7, 20, 1000])
+def test_rows_that_start_at_documents(most, tmp_path):
+    shards, expected = [], []
+    for number in range(2):
+        tokens = text(1500, number)
+        tokens[:: 31 + number] = 256
+        tokens[0] = 5  # what comes before the first document is not read
+        write_shard(tmp_path / f"train_{number}.bin", tokens)
+        expected.append(naive_documents(tokens, T + 1, most))
+    shards = Shards(f"{tmp_path}/train_*.bin", "train_files", T, most, 256)
+    rows = torch.cat(expected)
+    assert len(shards) == len(rows) > 20
+    assert torch.equal(shards.read(range(len(rows))), rows)
+    assert (rows[:, 0] == 256).all()
 
 
-def test_a_run_whose_shard_is_cut_stops_with_one_line(folder, monkeypatch):
-    update, seen = train_gpt.update, []
+# ----------------------------------------------------------------------------------- during the run
+def test_a_shard_cut_during_the_run_is_one_line(folder):
+    def cut(run):
+        os.truncate(folder / "train_000001.bin", 1500)
 
-    def cutting_update(run):
-        update(run)
-        seen.append(run.step)
-        if len(seen) == 3:
-            os.truncate(folder / "train_000001.bin", 1500)
-
-    monkeypatch.setattr(train_gpt, "update", cutting_update)
-    check_refused(run(flags(folder, val_every=0)), "train_000001.bin: changed during the run")
+    with at_step(3, cut):
+        outcome = run(flags(folder, val_every=0))
+    check_refused(outcome, "train_000001.bin: cut short during the run")
 
 
 def test_the_same_batches_again_after_a_restart(folder, monkeypatch):
     """Two runs, and one that resumes, train on the same tokens step by step."""
     seen, forward_backward = [], train_gpt.forward_backward
 
-    def watch(forward, inputs, targets, *rest):
+    def watch(run, inputs, targets, *rest):
         seen.append((inputs.clone(), targets.clone()))
-        return forward_backward(forward, inputs, targets, *rest)
+        return forward_backward(run, inputs, targets, *rest)
 
     monkeypatch.setattr(train_gpt, "forward_backward", watch)
     runs = []
-    for extra in ({}, dict(checkpoint_every=5, checkpoint_keep=9), dict(resume="STEP 5")):
+    for extra in ({}, dict(checkpoint_every=5, checkpoint_keep=9), dict(resume=True)):
         seen.clear()
         if "resume" in extra:
             (extra["resume"],) = folder.glob("checkpoints/*/step_000005.pt")
         assert run(flags(folder, **extra)).code == 0
-        runs.append(seen[1:])  # the first is the warm-up's: random tokens
-    assert [len(run_batches) for run_batches in runs] == [12, 12, 7]
-    for batches_seen in (runs[1], runs[2]):
-        for (x, y), (x2, y2) in zip(batches_seen, runs[0][-len(batches_seen):], strict=True):
-            assert torch.equal(x, x2) and torch.equal(y, y2)
+        runs.append(seen[-7 if "resume" in extra else -12 :])  # before them, the warm-up's
+    plan = batches(folder)
+    expected = [train_gpt.split(plan.batch_at(step), torch.device("cpu")) for step in range(12)]
+    for batches_seen in runs:
+        ours = zip(batches_seen, expected[-len(batches_seen) :], strict=True)
+        assert all(torch.equal(x, x2) and torch.equal(y, y2) for (x, y), (x2, y2) in ours)

@@ -1,23 +1,17 @@
-"""The model against a plain form of itself, its masks, its first values, and what each switch does."""
+"""The model against a plain form of itself, its masks, its first values, what each switch does."""
+
 import functools
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from helpers import tiny
+from helpers import CPU, same, tiny
 
 import train_gpt
-from train_gpt import GPT, CausalSelfAttention, Runtime, attend, attention_mask, init_weights, layer_windows, make_optimizers, rotate
+from train_gpt import GPT, attend, attention_mask, layer_plan, make_optimizers, rotate
 
 EOT, T = 256, 32
-
-
-def make(**changes) -> GPT:
-    config = tiny(**changes)
-    model = GPT(config)
-    init_weights(model, config)
-    return model
+EAGER_FLEX = "ignore:flex_attention called without torch.compile"
 
 
 def stir(model: GPT) -> GPT:
@@ -29,173 +23,184 @@ def stir(model: GPT) -> GPT:
     return model
 
 
-def some_tokens(rows=2, seed=0) -> torch.Tensor:
-    tokens = torch.randint(0, EOT, (rows, T), generator=torch.Generator().manual_seed(seed))
+def make(**changes) -> GPT:
+    return GPT(tiny(**changes))
+
+
+def some_tokens(seed=0) -> torch.Tensor:
+    tokens = torch.randint(0, EOT, (2, T), generator=torch.Generator().manual_seed(seed))
     tokens[0, [0, 9, 20]] = EOT
     tokens[1, [5, 6, 31]] = EOT
     return tokens
 
 
 def naive_mask(tokens, window, doc_mask):
-    """[B, T, T], written as the rule is told: not ahead, not further back than the window, not into another document."""
+    """[B, T, T], as the rule is told: not ahead, nor beyond the window, nor in another document."""
     mask = torch.zeros(len(tokens), T, T, dtype=torch.bool)
     for b, row in enumerate(tokens.tolist()):
         for q in range(T):
             for k in range(q + 1):
-                near = not window or q - k < window
-                same = not doc_mask or EOT not in row[k + 1:q + 1]
+                near = not window or q - k <= window
+                same = not doc_mask or EOT not in row[k + 1 : q + 1]
                 mask[b, q, k] = near and same
     return mask
 
 
-def naive_attention(q, k, v, mask):
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / math.sqrt(q.size(-1))
-    return torch.einsum("bhqk,bhkd->bhqd", torch.softmax(scores.masked_fill(~mask[:, None], -math.inf), -1), v)
+def naive_attention(q, k, v, mask, scale=None):
+    """Of one head, [B, T, head_dim]."""
+    scores = q @ k.mT * (scale or q.size(-1) ** -0.5)
+    return torch.softmax(scores.masked_fill(~mask, -math.inf), -1) @ v
 
 
 def naive_ngram_row(row: list[int], at: int, n: int, rows: int) -> int:
-    """The table row of the n tokens that end at `at`, looking neither before the row nor before a document's mark."""
+    """The table row of the n tokens that end at `at`, looking neither before the row nor before a
+    document's mark."""
     value = row[at]
     for back in range(1, n):
-        inside = at - back >= 0 and EOT not in row[at - back + 1:at + 1]
+        inside = at - back >= 0 and EOT not in row[at - back + 1 : at + 1]
         value = (value * 65599 + (row[at - back] if inside else EOT)) % 2**31
     return (value * 0x9E3779B1 >> 20) % rows
+
+
+def rms(x):
+    return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+
+def naive_rotary(x):
+    """[B, T, head_dim]; each pair (i, i + half) turns by position times frequency."""
+    half, y = x.size(-1) // 2, x.clone()
+    for i in range(half):
+        angle = torch.arange(T) * 10000.0 ** (-i / half)
+        y[..., i] = x[..., i] * angle.cos() + x[..., i + half] * angle.sin()
+        y[..., i + half] = x[..., i + half] * angle.cos() - x[..., i] * angle.sin()
+    return y
+
+
+def plain_embedding(c, w, tokens):
+    x, width = w["wte.weight"][tokens], c.n_embd // max(1, c.ngram - 1)
+    for i in range(c.ngram - 1):  # bigrams into the first channels, trigrams into the next
+        rows = [
+            [naive_ngram_row(row, at, i + 2, c.ngram_rows) for at in range(T)]
+            for row in tokens.tolist()
+        ]
+        x[..., i * width : (i + 1) * width] += w[f"ngrams.{i}.weight"][torch.tensor(rows)]
+    return x
 
 
 def plain_forward(model: GPT, tokens):
     """The whole model again, spelled out from the config in fp32, one head at a time."""
     c, w = model.config, dict(model.named_parameters())
-    head_dim = c.n_embd // c.n_head
-
-    def rms(x):
-        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
-
-    def rotate(x):  # [B, T, head_dim]; each pair (i, i + half) turns by position * frequency
-        half, y = head_dim // 2, x.clone()
-        for i in range(half):
-            angle = torch.arange(T) * 10000.0 ** (-2 * i / head_dim)
-            y[..., i] = x[..., i] * angle.cos() + x[..., i + half] * angle.sin()
-            y[..., i + half] = x[..., i + half] * angle.cos() - x[..., i] * angle.sin()
-        return y
-
-    x, width = w["wte.weight"][tokens], c.n_embd // max(1, c.ngram - 1)
-    for i in range(c.ngram - 1):  # bigrams into the first channels, trigrams into the next
-        rows = [[naive_ngram_row(row, at, i + 2, c.ngram_rows) for at in range(T)] for row in tokens.tolist()]
-        x[..., i * width:(i + 1) * width] += w[f"ngrams.{i}.weight"][torch.tensor(rows)]
-    x = x0 = rms(x)
-    v1 = None
+    head_dim, v1 = c.n_embd // c.n_head, None
+    x = x0 = rms(plain_embedding(c, w, tokens))
     for layer in range(c.n_layer):
         name = f"blocks.{layer}"
         if c.embed_residual:
-            x = w[f"{name}.lambdas"][0] * x + w[f"{name}.lambdas"][1] * x0
+            x = w[f"{name}.x_lambda"] * x + w[f"{name}.x0_lambda"] * x0
         q, k, v = (rms(x) @ w[f"{name}.attn.{m}.weight"].T for m in "qkv")
         v1 = v if v1 is None else v1
         if c.value_residual:
             share = w[f"{name}.attn.value_lambda"]
             v = (1 - share) * v + share * v1
-        letter = c.window_pattern[layer % len(c.window_pattern)]
-        mask = naive_mask(tokens, c.window if letter == "S" else 0, c.doc_mask)
+        short = c.short_window[0] and layer in (0, 2)  # of four layers, 1 and 3 look back further
+        mask = naive_mask(tokens, c.short_window[0] if short else c.window[0], c.doc_mask)
         heads = []
         for h in range(c.n_head):
-            qh, kh, vh = (t[..., h * head_dim:(h + 1) * head_dim] for t in (q, k, v))
+            qh, kh, vh = (t[..., h * head_dim : (h + 1) * head_dim] for t in (q, k, v))
             if c.qk_norm:
                 qh, kh = rms(qh), rms(kh)
-            heads.append(naive_attention(rotate(qh)[:, None], rotate(kh)[:, None], vh[:, None], mask)[:, 0])
+            q_and_k = naive_rotary(qh), naive_rotary(kh)
+            heads.append(naive_attention(*q_and_k, vh, mask, c.attention_scale))
         x = x + torch.cat(heads, -1) @ w[f"{name}.attn.o.weight"].T
-        x = x + (rms(x) @ w[f"{name}.mlp.up.weight"].T).relu().square() @ w[f"{name}.mlp.down.weight"]
-    logits = rms(x) @ (w["lm_head.weight"] if c.untie_head else w["wte.weight"]).T
+        hidden = (rms(x) @ w[f"{name}.mlp.up.weight"].T).relu().square()
+        x = x + hidden @ w[f"{name}.mlp.down.weight"]
+    logits = rms(x) @ w["lm_head.weight"].T
     return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
 
 
-# ------------------------------------------------------------------------------------------------- the whole, and each switch
-
+# ---------------------------------------------------------------------- the whole, and each switch
 SWITCHES = {
-    "all on": {}, "no value_residual": dict(value_residual=False), "no embed_residual": dict(embed_residual=False), "tied": dict(untie_head=False),
-    "no softcap": dict(softcap=0.0), "softcap 5": dict(softcap=5.0), "no qk_norm": dict(qk_norm=False), "no zero_init": dict(zero_init=False),
-    "ngrams": dict(ngram=4, ngram_rows=50), "ngrams, documents": dict(ngram=3, ngram_rows=97, doc_mask=True),
-    "windows": dict(window=7, window_pattern="SL"), "documents": dict(doc_mask=True),
-    "documents, windows": dict(doc_mask=True, window=4, window_pattern="LS"), "one head": dict(n_head=1),
-    "documents, windows, flex": dict(doc_mask=True, window=4, window_pattern="LS", attention="flex"),
-    "plain": dict(value_residual=False, embed_residual=False, untie_head=False, softcap=0.0, qk_norm=False),
+    "all on": {},
+    "no value_residual": dict(value_residual=False),
+    "no embed_residual": dict(embed_residual=False),
+    "tied": dict(untie_head=False),
+    "no softcap": dict(softcap=0.0),
+    "softcap 5": dict(softcap=5.0),
+    "no qk_norm": dict(qk_norm=False),
+    "no zero_init": dict(zero_init=False),
+    "ngrams": dict(ngram=4, ngram_rows=50),
+    "ngrams, documents": dict(ngram=3, ngram_rows=97, doc_mask=True),
+    "windows": dict(window=7),
+    "short and long windows": dict(n_layer=4, window=9, short_window=3),
+    "scale of the scores": dict(attention_scale=0.1),
+    "first values": dict(residual_scale=1.1, init_qkv=2.0, init_up=0.5),
+    "documents": dict(doc_mask=True),
+    "documents, windows": dict(n_layer=4, doc_mask=True, window=4, short_window=2),
+    "one head": dict(n_head=1),
+    "documents, windows, flex": dict(doc_mask=True, window=4, attention="flex"),
+    "plain": dict(
+        value_residual=False, embed_residual=False, untie_head=False, softcap=0.0, qk_norm=False
+    ),
 }
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings(EAGER_FLEX)
 def test_forward_is_the_plain_form(switch):
     model = stir(make(**SWITCHES[switch]))
-    tokens = some_tokens()
+    tokens, targets = some_tokens(), some_tokens(seed=1)
     with torch.no_grad():
         logits, expected = model(tokens), plain_forward(model, tokens)
-        assert logits.shape == (2, T, 320) and logits.dtype == torch.float32 and logits.std() > 0.3
-        assert torch.allclose(logits, expected, atol=2e-4, rtol=1e-4), (logits - expected).abs().max()
-        loss, targets = model(tokens, some_tokens(seed=1)), some_tokens(seed=1)
+        assert logits.shape == (2, T, 320) and logits.dtype == torch.float32
+        assert logits.std() > 0.3
+        torch.testing.assert_close(logits, expected, atol=2e-4, rtol=1e-4)
+        loss = model(tokens, targets).item()
     by_hand = -torch.log_softmax(expected, -1).gather(-1, targets[..., None]).mean()
-    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-4)
-
-
-def test_off_equals_on_at_its_neutral_value():
-    tokens = some_tokens()
-    for switch, neutral in (("value_residual", lambda m: [b.attn.value_lambda.zero_() for b in m.blocks]),
-                            ("embed_residual", lambda m: [b.lambdas.copy_(torch.tensor([1.0, 0.0])) for b in m.blocks])):
-        with torch.no_grad():
-            on, off = stir(make(**{switch: True})), make(**{switch: False})
-            neutral(on)
-            missing = off.load_state_dict(on.state_dict(), strict=False)
-            assert not missing.missing_keys and all("lambda" in key for key in missing.unexpected_keys)
-            assert torch.equal(on(tokens), off(tokens))
-    with torch.no_grad():
-        capped, free = stir(make(softcap=30.0)), stir(make(softcap=0.0))
-        assert torch.allclose(capped(tokens), 30 * torch.tanh(free(tokens) / 30), atol=1e-6)
+    assert loss == pytest.approx(by_hand.item(), abs=1e-4)
 
 
 def test_off_leaves_nothing_behind():
     on = dict(make().named_parameters())
-    assert sum("lambda" in name for name in on) == 4
-    assert not any("lambda" in name for name, _ in make(value_residual=False, embed_residual=False).named_parameters())
-    tied = make(untie_head=False)
-    assert tied.lm_head.weight is tied.wte.weight and "lm_head.weight" not in dict(tied.named_parameters())
-    assert make().lm_head.weight is not make().wte.weight
-
-
-def test_zero_init():
-    for zero in (True, False):
-        model = make(zero_init=zero)
-        for weight in (model.lm_head.weight, *(w for b in model.blocks for w in (b.attn.o.weight, b.mlp.down.weight))):
-            assert bool(weight.any()) != zero
-        assert all(w.any() for b in model.blocks for w in (b.attn.q.weight, b.attn.k.weight, b.attn.v.weight, b.mlp.up.weight))
-    assert make(untie_head=False).wte.weight.any(), "a tied head is the embedding: it must not be zero"
+    assert sum("lambda" in name for name in on) == 6
+    off = make(value_residual=False, embed_residual=False).named_parameters()
+    assert not any("lambda" in name for name, _ in off)
+    assert "rotary" not in "".join(make().state_dict()), "its tables are no weights"
 
 
 def test_bf16():
     for on, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        model = make(bf16=on, zero_init=False)
-        assert model.wte.weight.dtype == dtype
-        assert all(p.dtype == torch.float32 for name, p in model.named_parameters() if not name.startswith("wte"))
-        seen = []
-        model.blocks[1].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
-        logits = model(some_tokens())
-        assert seen == [dtype] and logits.dtype == torch.float32
-        assert model(some_tokens(), some_tokens(seed=1)).dtype == torch.float32
-    assert make(bf16=True, untie_head=False).wte.weight.dtype == torch.float32, "the tied weight is the head's fp32 master"
+        model = make(bf16=on, zero_init=False, ngram=3, ngram_rows=9)
+        for name, p in model.named_parameters():
+            table = name.startswith(("wte", "ngrams"))
+            assert p.dtype == (dtype if table else torch.float32), name
+        x = model.blocks[1].mlp(torch.ones(1, T, 32, dtype=dtype))
+        assert x.dtype == dtype and model(some_tokens()).dtype == torch.float32
+    tied = make(bf16=True, untie_head=False)
+    assert tied.wte.weight.dtype == torch.float32, "the tied weight is the head's fp32 master"
     exact, rough = (make(bf16=on, zero_init=False)(some_tokens()) for on in (False, True))
     assert 0 < (exact - rough).abs().max() < 0.05 * exact.abs().max()
 
 
 def test_first_loss_is_that_of_a_uniform_guess():
-    loss = make()(some_tokens(), some_tokens(seed=1)).item()
-    assert loss == pytest.approx(math.log(320), abs=1e-6)
-    tied = make(untie_head=False)(some_tokens(), some_tokens(seed=1)).item()
-    assert abs(tied - math.log(320)) < 0.5
+    batch = some_tokens(), some_tokens(seed=1)
+    assert make()(*batch).item() == pytest.approx(math.log(320), abs=1e-6)
+    assert abs(make(untie_head=False)(*batch).item() - math.log(320)) < 0.5
 
 
-# ---------------------------------------------------------------------------------------------------- causality and documents
-
-@pytest.mark.parametrize("changes", [dict(), dict(doc_mask=True), dict(window=5, window_pattern="S"), dict(doc_mask=True, window=5, window_pattern="SL"),
-                                     dict(ngram=4, doc_mask=True)], ids=["plain", "documents", "windows", "both", "ngrams"])
+# ------------------------------------------------------------------------- causality and documents
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(doc_mask=True),
+        dict(window=4),
+        dict(doc_mask=True, window=4),
+        dict(ngram=4, doc_mask=True),
+    ],
+    ids=str,
+)
 def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
     model, tokens = stir(make(**changes)), some_tokens()
-    document = (tokens == EOT).cumsum(1)
+    c, document = model.config, (tokens == EOT).cumsum(1)
     with torch.no_grad():
         before = model(tokens)
         for row, at in ((0, 3), (0, 12), (0, 19), (1, 2), (1, 10), (1, 30)):
@@ -204,10 +209,10 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
             moved = (model(other) - before).abs().amax(-1)  # [B, T]
             may_move = torch.zeros(2, T, dtype=torch.bool)
             may_move[row, at:] = True
-            if model.config.doc_mask:
+            if c.doc_mask:
                 may_move &= document == document[row, at]
-            if model.config.window and model.config.window_pattern == "S":
-                may_move[row, at + 2 * (5 - 1) + 1:] = False  # two layers, each 4 back
+            if c.window[0]:  # two layers, each 4 back
+                may_move[row, at + 2 * 4 + 1 :] = False
             assert moved[~may_move].max() < 1e-6, "changed where it must not"
             assert moved[may_move].min() > 1e-5, "did not change where it must"
 
@@ -215,137 +220,215 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
 @pytest.mark.parametrize("attention", ["sdpa", "flex"])
 @pytest.mark.parametrize("window", [0, 1, 6, 31, 32, 100])
 @pytest.mark.parametrize("doc_mask", [False, True])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.filterwarnings(EAGER_FLEX)
 def test_backends_against_a_naive_mask(attention, window, doc_mask):
     config, tokens = tiny(attention=attention, doc_mask=doc_mask), some_tokens()
-    q, k, v = torch.randn(3, 2, 3, T, 16, generator=torch.Generator().manual_seed(1))
-    mask = attention_mask(tokens, window, config)
-    expected = naive_attention(q, k, v, naive_mask(tokens, window, doc_mask))
-    assert torch.allclose(attend(q, k, v, mask), expected, atol=1e-5)
-    assert (mask is None) == (not doc_mask and window in (0, 32, 100)), "plain causal attention needs no mask"
-    if mask is not None:
+    q, k, v = torch.randn(3, 2, T, 3, 16, generator=torch.Generator().manual_seed(1))
+    mask = attention_mask((tokens == EOT).cumsum(1), window, config)
+    y, by_rule = attend(q, k, v, mask, 0.25), naive_mask(tokens, window, doc_mask)
+    for head in range(3):
+        expected = naive_attention(q[:, :, head], k[:, :, head], v[:, :, head], by_rule)
+        torch.testing.assert_close(y[:, :, head], expected, atol=1e-5, rtol=0)
+    needed = doc_mask or window not in (0, 31, 32, 100)
+    assert (mask is not None) == needed, "plain causal attention needs no mask"
+    if needed:
         assert isinstance(mask, train_gpt.BlockMask) == (attention == "flex")
 
 
 def test_ngrams_spread_over_their_table():
-    """Every pair of 256 bytes in 4,096 rows: no row far fuller than chance, and the tables of two lengths disagree."""
-    pairs = torch.cartesian_prod(torch.arange(256), torch.arange(256))
-    rows = train_gpt.ngram_hashes(pairs, tiny(ngram=2, ngram_rows=4096))[0][:, 1].bincount(minlength=4096)
+    """All pairs of 256 bytes in 4,096 rows: none far fuller than chance; lengths disagree."""
+    model, seen = make(ngram=3, ngram_rows=4096), []
+    for table in model.ngrams:
+        table.register_forward_hook(lambda table, inputs, y: seen.append(inputs[0]))
+    model.ngrams(torch.cartesian_prod(torch.arange(256), torch.arange(256)))
+    rows = seen[0][:, 1].bincount(minlength=4096)
     assert rows.min() > 0 and rows.max() < 4 * rows.float().mean()
-    two, three = train_gpt.ngram_hashes(some_tokens(), tiny(ngram=3, ngram_rows=4096))
-    assert not torch.equal(two, three)
+    assert not torch.equal(seen[0], seen[1])
+    assert all(not table.weight.any() for table in model.ngrams), "they start at zero"
 
 
-def test_windows_of_layers():
-    assert layer_windows(tiny(n_layer=5, window=9, window_pattern="SSL")) == [9, 9, 0, 9, 9]
-    assert layer_windows(tiny(n_layer=3)) == [0, 0, 0]
+RECIPE = dict(  # every piece of the recipe of January 2026, on four layers
+    n_layer=4,
+    value_residual=False,
+    tied_share=0.5,
+    bigram_rows=97,
+    **dict.fromkeys("value_embeds smear middle_skip backout attention_gate".split(), True),
+    **dict.fromkeys("attention_factors paired_heads key_offset half_rotary".split(), True),
+    **dict.fromkeys("yarn sigmoid_softcap multi_token doc_mask".split(), True),
+    window=(6, 12, 16),
+    short_window=(3, 6, 8),
+)
 
 
-# ------------------------------------------------------------------------------------------------------------ rotary, QK-norm
+@pytest.mark.parametrize("step", [0, 11])
+def test_no_piece_of_the_recipe_looks_ahead_or_at_another_row(step):
+    """Documents may see one another: of their neighbours' last token, smear and offset keys do."""
+    model, tokens = stir(make(**RECIPE)).eval(), some_tokens()
+    model.set_stage(step)
+    with torch.no_grad():
+        before = model(tokens)
+        for row, at in ((0, 3), (0, 19), (1, 10), (1, 30)):
+            other = tokens.clone()
+            other[row, at] = (other[row, at] + 1) % EOT
+            moved = (model(other) - before).abs().amax(-1)
+            assert moved[1 - row].max() < 1e-6 and moved[row, :at].max() < 1e-6
+            assert moved[row, at] > 1e-5
+    model.train()
+    targets = some_tokens(seed=1)
+    assert model(tokens, targets) > 0
 
+
+def test_later_tokens_are_predicted_in_training_only():
+    """By weights that fade; validation is the plain mean cross-entropy."""
+    model, tokens, targets = stir(make(**RECIPE)), some_tokens(), some_tokens(seed=1)
+    for step, weights in ((0, (1, 0.5, 0.25)), (2, (1, 0.5, 0.125)), (6, (1, 0.25)), (9, (1,))):
+        model.set_stage(step)
+        with torch.no_grad():
+            logp = torch.log_softmax(model(tokens).double(), -1)
+            losses = [-logp.gather(-1, targets[..., None])[..., 0].sum()]
+            for k in (1, 2):
+                picked = logp[:, :-k].gather(-1, targets[:, k:, None])
+                losses.append(-picked.sum())
+            expected = sum(w * x for w, x in zip(weights, losses, strict=False)) / targets.numel()
+            assert model.train()(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
+            plain = losses[0] / targets.numel()
+            assert model.eval()(tokens, targets).item() == pytest.approx(plain.item(), rel=1e-5)
+
+
+def test_windows_of_layers_and_stages():
+    plan = layer_plan(tiny(n_layer=4, window=9, short_window=3))
+    assert [layer.long for layer in plan] == [False, True, False, True]
+    assert all(layer.long for layer in layer_plan(tiny(n_layer=4, window=9)))
+    model = make(window=(4, 8, 0), final_window=20)  # 12 steps
+    for step, window in ((0, 4), (3, 4), (4, 8), (8, 0), (11, 0), (12, 20)):
+        model.set_stage(step)
+        assert model.windows == (window, window)
+
+
+# ---------------------------------------------------------------------------------- rotary, QK-norm
 def test_rotary_keeps_norms_and_tells_relative_positions():
-    generator, rotary = torch.Generator().manual_seed(0), functools.partial(rotate, tables=CausalSelfAttention(tiny(n_embd=32, n_head=2, seq_len=T)).rotary)
-    x = torch.randn(2, 3, T, 16, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    frequencies, scale = train_gpt.rotary_at(0, tiny())
+    assert scale == 16**-0.5
+    tables = train_gpt.rotary_tables(frequencies, torch.arange(T).unsqueeze(1))
+    rotary = functools.partial(rotate, tables=tables)
+    x = torch.randn(2, T, 3, 16, generator=generator)
     assert torch.allclose(rotary(x).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
-    assert torch.allclose(rotary(x)[..., 0, :], x[..., 0, :]), "position 0 does not turn"
-    q, k = (torch.randn(1, 1, 1, 16, generator=generator).expand(1, 1, T, 16) for _ in "qk")
-    scores = (rotary(q) @ rotary(k).mT)[0, 0]
+    assert torch.allclose(rotary(x)[:, 0], x[:, 0]), "position 0 does not turn"
+    assert torch.allclose(rotary(x[:, :10]), rotary(x)[:, :10]), "shorter rows: the same angles"
+    q, k = (torch.randn(16, generator=generator).expand(1, T, 1, 16) for _ in "qk")
+    scores = rotary(q)[0, :, 0] @ rotary(k)[0, :, 0].T
     for distance in range(T):
         along = scores.diagonal(-distance)
         assert torch.allclose(along, along[0].expand_as(along), atol=1e-4)
     assert scores[:, 0].std() > 0.1
-    assert torch.allclose(rotary(x[:, :, :10]), rotary(x)[:, :, :10]), "shorter rows use the same angles"
-    assert not any("rotary" in name for name in GPT(tiny()).state_dict()), "its tables are no weights"
 
 
-def test_qk_norm_makes_queries_and_keys_one_size():
-    sizes = []
-
-    def spy(q, k, v, mask):
-        sizes.append([t.square().mean(-1).sqrt() for t in (q, k)])
-        return torch.zeros_like(v)
-
+def test_with_qk_norm_the_size_of_queries_and_keys_does_not_matter():
     for on in (True, False):
-        model = stir(make(qk_norm=on))
-        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(train_gpt, "attend", spy)
-            model(some_tokens())
-    for query, key in sizes[:2]:
-        assert torch.allclose(query, torch.ones_like(query), atol=1e-4) and torch.allclose(key, torch.ones_like(key), atol=1e-4)
-    assert sizes[2][0].std() > 0.01
-    with torch.no_grad():
-        for on in (True, False):
+        for matrix in ("q", "k"):
             model = stir(make(qk_norm=on))
-            before = model(some_tokens())
-            model.blocks[0].attn.q.weight.mul_(10)
-            assert torch.allclose(model(some_tokens()), before, atol=1e-4) == on, "with QK-norm the queries' size does not matter"
+            with torch.no_grad():
+                before = model(some_tokens())
+                getattr(model.blocks[0].attn, matrix).weight.mul_(10)
+                assert torch.allclose(model(some_tokens()), before, atol=1e-4) == on
 
 
-# ------------------------------------------------------------------------------------------------ first values, groups, FLOPs
-
+# ---------------------------------------------------------------------- first values, groups, FLOPs
 @pytest.mark.parametrize("switch", ["all on", "plain", "tied", "no zero_init", "ngrams"])
-def test_every_parameter_is_initialised_once_by_name_and_in_one_group(switch):
-    config = tiny(**SWITCHES[switch])
-    model, other = GPT(config), GPT(config)
-    with torch.no_grad():
-        for filled, value in ((model, math.nan), (other, 7.0)):
-            for p in filled.parameters():
-                p.fill_(value)
-    init_weights(model, config)
+def test_first_values_depend_on_seed_and_name_alone(switch):
+    model = make(**SWITCHES[switch])
     torch.randn(5)  # what else is drawn does not matter
-    init_weights(other, config)
-    for (name, p), q in zip(model.named_parameters(), other.parameters()):
-        assert torch.isfinite(p).all() and torch.equal(p, q), name
-    init_weights(other, tiny(seed=1, **SWITCHES[switch]))
-    assert not torch.equal(model.wte.weight, other.wte.weight) and not torch.equal(model.blocks[0].attn.q.weight, other.blocks[0].attn.q.weight)
-    drawn = [p.flatten()[:1024] for p in model.parameters() if p.numel() >= 1024 and p.any()]
-    assert all(not torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i]), "two parameters got the same numbers"
-    for optimizers in (make_optimizers(model, config, Runtime(torch.device("cpu")), []),):
-        names = [name for optimizer in optimizers for name in optimizer.named]
-        assert sorted(names) == sorted(dict(model.named_parameters()))
-        assert all(optimizer.named[name] is model.get_parameter(name) for optimizer in optimizers for name in optimizer.named)
+    again = make(**SWITCHES[switch])
+    other = make(seed=1, **SWITCHES[switch])
+    assert same(dict(model.named_parameters()), dict(again.named_parameters()))
+    for name in ("wte.weight", "blocks.0.attn.q.weight"):
+        assert not torch.equal(model.get_parameter(name), other.get_parameter(name))
+    own = [p for name, p in model.named_parameters() if name != "lm_head.weight"]  # may be wte's
+    drawn = [p.flatten()[:1024] for p in own if p.numel() >= 1024 and p.any()]
+    pairs = [(a, b) for i, a in enumerate(drawn) for b in drawn[:i]]
+    assert not any(torch.equal(a, b) for a, b in pairs), "two parameters got the same numbers"
 
 
-def test_a_parameter_without_a_rule_is_an_error():
-    model = make()
-    model.extra = torch.nn.Parameter(torch.zeros(3))
-    with pytest.raises(KeyError, match="extra"):
-        init_weights(model, model.config)
+@pytest.mark.parametrize("switch", ["all on", "plain", "tied", "ngrams"])
+def test_every_parameter_is_in_exactly_one_optimizer(switch):
+    run = train_gpt.build(tiny(**SWITCHES[switch]), CPU)
+    optimizers = make_optimizers(run)
+    pairs = [pair for optimizer in optimizers for pair in optimizer.named.items()]
+    assert sorted(name for name, _ in pairs) == sorted(dict(run.model.named_parameters()))
+    assert all(p is run.model.get_parameter(name) for name, p in pairs)
+
+
+def test_a_parameter_without_a_group_is_named():
+    run = train_gpt.build(tiny(), CPU)
+    run.model.gate = torch.nn.Module()
+    run.model.gate.weight = torch.nn.Parameter(torch.zeros(3, 3))
+    with pytest.raises(KeyError, match="no optimizer trains gate.weight"):
+        make_optimizers(run)
 
 
 def test_scales_of_the_first_values():
     model = make(zero_init=False, n_embd=128)
     assert model.wte.weight.std().item() == pytest.approx(1, rel=0.02)
     assert make(untie_head=False).wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    for name, fan_in in (("blocks.0.attn.q", 128), ("blocks.1.attn.o", 128), ("blocks.0.mlp.up", 128), ("blocks.0.mlp.down", 512), ("lm_head", 128)):
+    fans = dict.fromkeys(["blocks.0.attn.q", "blocks.1.attn.o", "blocks.0.mlp.up", "lm_head"], 128)
+    for name, fan_in in (fans | {"blocks.0.mlp.down": 512}).items():
         weight = model.get_parameter(f"{name}.weight")
-        assert weight.abs().max() <= fan_in**-0.5 and weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.03), name
+        assert weight.abs().max() <= fan_in**-0.5
+        assert weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.03), name
+        assert abs(weight.mean().item()) < 0.05 * fan_in**-0.5
     assert [block.attn.value_lambda.item() for block in model.blocks] == [0.5, 0.5]
-    assert [block.lambdas.tolist() for block in model.blocks] == [[1, 0], [1, 0]]
+    assert [block.x_lambda.item() for block in model.blocks] == [1, 1]
+    assert [block.x0_lambda.item() for block in model.blocks] == [0, 0]
+    wide = make(init_qkv=2.0, init_up=0.5, residual_scale=1.1, n_embd=128)
+    for name, bound in (("attn.v", 2.0), ("mlp.up", 0.5)):
+        largest = wide.get_parameter(f"blocks.1.{name}.weight").abs().max().item()
+        assert largest == pytest.approx(bound * 128**-0.5, rel=0.01)
+    assert wide.blocks[1].x_lambda.item() == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_tied_weights_are_one_until_they_part(share):
+    """By both gradients and lm_head's rate, whatever wte's is; after the share each its own."""
+    changes = dict(tied_share=share) if share else dict(untie_head=False)
+    run = train_gpt.build(tiny(**changes, steps=8), CPU)
+    run.optimizers, w = make_optimizers(run), run.model.lm_head.weight.detach().clone()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for run.step in range(8):
+        train_gpt.set_stage(run)
+        train_gpt.forward_backward(run, some_tokens(), some_tokens(seed=1), 2)
+        g = run.model.wte.weight.grad + run.model.lm_head.weight.grad
+        train_gpt.update(run)
+        c, n = run.config, run.step + 1
+        bias = 1 - c.beta1**n, 1 - c.beta2**n
+        u = train_gpt.adam_update(g, m, v, c.beta1, c.beta2, c.adam_eps, *map(torch.tensor, bias))
+        w -= c.lr_head * train_gpt.lr_at(run.step, c) * u
+        tied = not share or n <= 5
+        assert torch.equal(run.model.wte.weight, run.model.lm_head.weight) == tied
+        if tied:
+            torch.testing.assert_close(run.model.lm_head.weight.data, w, rtol=0, atol=1e-5)
+
+
+def test_zero_init():
+    for zero in (True, False):
+        model = make(zero_init=zero)
+        ends = [w for b in model.blocks for w in (b.attn.o.weight, b.mlp.down.weight)]
+        assert all(bool(weight.any()) != zero for weight in (model.lm_head.weight, *ends))
+        for block in model.blocks:
+            starts = (block.attn.q, block.attn.k, block.attn.v, block.mlp.up)
+            assert all(linear.weight.any() for linear in starts)
+    tied = make(untie_head=False)
+    assert tied.wte.weight.any(), "a tied head is the embedding: it must not be zero"
 
 
 def test_flops_per_token_by_hand():
-    config = tiny()  # 2 layers, width 32, vocabulary padded to 320, 32 tokens a row
+    # 2 layers, width 32, vocabulary padded to 320, 32 tokens a row
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 320 * 32  # q k v o, up, down; head
-    forward = 2 * matrices + 2 * (2 * 2 * 32 * 16)  # a multiply and an add each; QK and AV over 16 tokens on average
-    assert train_gpt.flops_per_token(config) == 3 * forward  # backward: twice the forward
-    assert sum(p.numel() for p in GPT(config).parameters() if p.ndim == 2) == matrices + 320 * 32  # and wte, which is looked up
-    short = train_gpt.flops_per_token(tiny(window=4, window_pattern="SL"))
-    assert short == 3 * (forward - 2 * 2 * 32 * (16 - 4))
-    assert train_gpt.flops_per_token(train_gpt.PRESETS["gpt2_small"]) == pytest.approx(6 * 123.6e6 + 12 * 12 * 768 * 512, rel=1e-3)
-
-
-def test_optimizer_groups_follow_the_model_in_a_step():
-    """One step from the zero head moves the head and nothing that hides behind it; the second moves everything."""
-    model = make(bf16=False)
-    config = model.config
-    optimizers = make_optimizers(model, config, Runtime(torch.device("cpu")), [])
-    start = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for step in range(3):
-        F.cross_entropy(model(some_tokens()).flatten(0, 1), some_tokens(seed=1).flatten()).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        moved = {name for name, p in model.named_parameters() if not torch.equal(p, start[name])}
-        if step == 0:
-            assert moved == {"lm_head.weight"}
-    assert moved == set(start) - {"blocks.0.attn.value_lambda"}, "the first block mixes its values with themselves"
+    attention = 2 * 2 * 32 * 16  # QK and AV, a multiply and an add, over 16 tokens on average
+    forward = 2 * matrices + 2 * attention
+    flops = train_gpt.flops_per_token
+    assert flops(make()) == flops(make(untie_head=False)) == 3 * forward  # backward: twice as much
+    short = 2 * matrices + 2 * 2 * 2 * 32 * 4
+    assert flops(make(window=4)) == 3 * short
+    assert flops(make(window=(0, 4))) == 3 * (forward + short) / 2
+    assert flops(make(ngram=3)) == 3 * forward, "tables are looked up"

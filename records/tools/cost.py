@@ -27,7 +27,7 @@ PRESETS = ("nov2024", "gpt2_small", "gpt2_medium", "gpt2_xl")
 
 def tokens_of(c) -> int:
     """Tokens of a run."""
-    return sum(train_gpt.at_step(c.batch_tokens, step, c.steps) for step in range(c.steps))
+    return sum(train_gpt.at_step(c.batch_tokens, step, c) for step in range(c.steps))
 
 
 def operations_per_token(c) -> float:

@@ -109,14 +109,23 @@ class Run:
 
     def tokens(self, step: int) -> float | None:
         """Tokens trained on in the first `step` steps, by the config's batch_tokens: a number, or a
-        list with one for each equal stage of the run. None where the log does not say."""
-        stages = (self.config or {}).get("batch_tokens")
+        list with one for each equal stage of the run, and a last one for its extension, if it has
+        any. None where the log does not say."""
+        config = self.config or {}
+        stages = config.get("batch_tokens")
         stages = stages if isinstance(stages, list) else [stages]
-        steps = number((self.config or {}).get("steps"))
-        if not stages or None in map(number, stages) or not steps or not steps.is_integer():
+        steps, extension = number(config.get("steps")), number(config.get("extension", 0))
+        numbers = [steps, extension, *map(number, stages)]
+        if None in numbers or not steps or any(value % 1 for value in numbers):
+            return None
+        equal = len(stages) - (extension > 0 and len(stages) > 1)
+        steps -= extension if equal < len(stages) else 0
+        if steps < 0 or not equal:
             return None
         # Step s (from 0) of n is in stage s * k // n: stage i begins at step ceil(i * n / k).
-        begins = [-(-i * int(steps) // len(stages)) for i in range(len(stages) + 1)]
+        begins = [-(-i * int(steps) // equal) for i in range(equal + 1)]
+        if equal < len(stages):
+            begins.append(int(steps + extension))
         spans = zip(stages, begins, begins[1:], strict=False)
         return sum(size * max(0, min(step, end) - begin) for size, begin, end in spans)
 

@@ -1,0 +1,185 @@
+"""One run of a script on the stand-in device, in a folder of its own, on random tokens."""
+
+import array
+import json
+import os
+import random
+import re
+import shutil
+import socket
+import subprocess
+import tempfile
+from pathlib import Path
+
+from records.tools.command import BadInput, write_atomic
+from records.tools.nullgpu.environment import Environment
+from records.tools.runs import stop
+
+OBSERVE = Path(__file__).resolve().parent / "observe.py"
+RUNS_KEPT = 10  # outputs of the latest runs, to read after a failure
+STEPS = 120  # more than any preset's last stage or cool-down in updates has
+VAL_EVERY = 30
+DOCUMENT = 700  # tokens, in random data
+ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Unsupported)\b.*:|train_gpt\.py: ")
+TORCH_LOG = re.compile(r"\[?[VIWE]\d{4} ")  # as glog writes: severity, month and day
+
+
+def values_of(flags: list[str], name: str) -> list[str]:
+    """The words that follow a flag, up to the next one."""
+    values = []
+    for word in flags[flags.index(name) + 1 :] if name in flags else []:
+        if word.startswith("--"):
+            break
+        values.append(word)
+    return values
+
+
+def random_shard(folder: Path, vocabulary: int, tokens: int) -> Path:
+    """A shard of random tokens, the same page over and over, made once."""
+    path = folder / f"random_{vocabulary}_{tokens}.bin"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        header = array.array("i", [20240520, 1, tokens, *[0] * 253])  # as in llm.c
+        draw = random.Random(0)
+        page = array.array("H", (draw.randrange(vocabulary - 1) for _ in range(100 * DOCUMENT)))
+        for start in range(0, len(page), DOCUMENT):
+            page[start] = vocabulary - 1  # the mark of a document
+        pages = -(-tokens // len(page))
+        body = (page.tobytes() * pages)[: 2 * tokens]
+        write_atomic(path, header.tobytes() + body)
+    return path
+
+
+def all_flags(flags: list[str], data: Path) -> list[str]:
+    """The user's flags, and where there are none, those of a short run on random tokens."""
+    default_vocabulary = 257 if "laptop" in values_of(flags, "--preset") else 50257
+    try:
+        vocabulary = int((values_of(flags, "--vocab_size") or [default_vocabulary])[0])
+        steps = int((values_of(flags, "--steps") or [STEPS])[0])
+        batch = max([2**19, *map(int, values_of(flags, "--batch_tokens"))])
+        val_tokens = max([10 * 2**20, *map(int, values_of(flags, "--val_tokens"))])
+    except ValueError as error:
+        raise BadInput(f"a flag of the script: {error}") from None
+    added = {"--steps": steps, "--val_every": VAL_EVERY}
+    if "--galore" in flags:
+        added["--galore_interval"] = 4  # so that bases are renewed while we look
+    if "--train_files" not in flags:
+        added["--train_files"] = random_shard(data, vocabulary, batch * steps + 1)
+    if "--val_files" not in flags:
+        added["--val_files"] = random_shard(data, vocabulary, val_tokens + 1)
+    extra = [str(word) for item in added.items() if item[0] not in flags for word in item]
+    return [*flags, *extra]
+
+
+def absolute(flags: list[str]) -> list[str]:
+    """The script runs in a folder of its own, so relative globs of files are taken from here."""
+    names = ("--train_files", "--val_files", "--resume", "--checkpoint")
+    return [
+        os.path.abspath(word) if before in names and not word.startswith("--") else word
+        for before, word in zip(["", *flags], flags, strict=False)
+    ]
+
+
+class Run:
+    """One run of the script on the stand-in.
+
+    code: its exit code, None when it took too long; output: what it printed; log: the lines of its
+    log after the source; seen: what observe.py reports, {} if the script left no chance for that.
+    """
+
+    def __init__(self, options, environment: Environment):
+        self.folder = new_folder(environment.home / "runs")
+        self.script = options.script.resolve()
+        flags = all_flags(absolute(options.flags), environment.home / "data")
+        report = self.folder / "report.json"
+        command = [environment.python, OBSERVE, report, self.script, *flags]
+        variables = environment.variables() | self.variables(options, environment)
+        self.code = self.execute([str(word) for word in command], variables, options.timeout)
+        self.output = (self.folder / "output.txt").read_text(errors="replace")
+        self.seen = json.loads(report.read_text()) if report.exists() else {}
+        logs = sorted(self.folder.glob("logs/*.txt"))
+        text = logs[-1].read_text(errors="replace") if logs else ""
+        self.log = text.partition("\n" + "=" * 100 + "\n")[2].splitlines()
+
+    def variables(self, options, environment: Environment) -> dict[str, str]:
+        card = options.card
+        settings = card.environment(options.gpus, options.memory) | dict(
+            TORCHINDUCTOR_CACHE_DIR=str(environment.home / "compiled" / f"sm_{card.compute}"),
+            TORCHINDUCTOR_BENCHMARK_KERNEL="1",  # kernels know how many bytes they move
+            TORCHINDUCTOR_COMPILE_THREADS="1",
+            TORCH_LOGS="recompiles,graph_breaks",
+            PYTHONUNBUFFERED="1",
+        )
+        if options.gpus > 1:
+            settings |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(options.gpus))
+            settings |= dict(LOCAL_WORLD_SIZE=str(options.gpus), MASTER_ADDR="127.0.0.1")
+            settings["MASTER_PORT"] = str(free_port())
+        return settings
+
+    def execute(self, command: list[str], variables: dict, timeout: float) -> int | None:
+        with open(self.folder / "output.txt", "wb") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                return process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                return None
+            finally:
+                if process.poll() is None:
+                    stop(process)
+
+    def refuse_misuse(self):
+        """Raises BadInput for what the script calls a mistake, or what this machine lacks."""
+        total = self.seen.get("total", {})
+        if "address space refused" in total:
+            raise BadInput(
+                "this machine limits address space; lift ulimit -v or vm.overcommit_memory"
+            )
+        if self.code == 2 and "memory refused" not in total:
+            flags = f"the run has --steps {STEPS} unless you say otherwise"
+            raise BadInput(f"{self.script.name} refused: {self.last_line()} ({flags})")
+
+    def last_line(self) -> str:
+        """What it said last, but for the logs of torch; of an error its first line."""
+        lines = [re.sub(r"^\[rank\d+\]: ?", "", line) for line in self.output.splitlines()]
+        errors = [line for line in lines if ERROR.match(line)]
+        rest = [line for line in lines if line.strip() and not TORCH_LOG.match(line)]
+        return (errors or rest or ["no output"])[-1].strip()
+
+    def line_of_error(self) -> int | None:
+        """The line of the script that the last traceback, or the compiler's error, names."""
+        found = re.findall(rf'File "{re.escape(str(self.script))}", line (\d+)', self.output)
+        return int(found[-1]) if found else None
+
+    def result(self) -> dict:
+        """The last line of its log, {} if it did not get there."""
+        last = self.log[-1] if self.log else ""
+        return json.loads(last) if last.startswith("{") else {}
+
+    def config(self) -> dict:
+        for line in self.log:
+            if line.startswith("config: "):
+                return json.loads(line.removeprefix("config: "))
+        return {}
+
+
+def new_folder(parent: Path) -> Path:
+    """An empty folder in `parent`, where only the newest ones stay."""
+    parent.mkdir(parents=True, exist_ok=True)
+    old = sorted(parent.iterdir(), key=os.path.getmtime)
+    for folder in old[: max(0, len(old) - RUNS_KEPT + 1)]:
+        shutil.rmtree(folder, ignore_errors=True)
+    return Path(tempfile.mkdtemp(dir=parent))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

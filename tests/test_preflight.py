@@ -1,0 +1,405 @@
+"""The preflight: what it refuses and counts; with -m preflight, planted faults and all presets."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from records.tools import preflight as tool
+from records.tools.nullgpu import environment, estimate
+from records.tools.nullgpu import report as reporting
+from records.tools.nullgpu.cards import CARDS
+from records.tools.nullgpu.observe import TrainerLog
+from records.tools.nullgpu.run import Run, all_flags
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Small shapes: a graph's compilation takes as long as with large ones, the updates do not.
+SMALL = (
+    "--preset nov2024 --n_layer 2 --n_head 2 --n_embd 128 --seq_len 128 --val_seq_len 128 "
+    "--batch_tokens 4096 --val_tokens 4096 --steps 24 --val_every 8"
+).split()
+RECIPE = "--extension 4 --max_document 64 --bigram_rows 1024 --momentum_cooldown 4"
+
+# Each is put in front of the script's last lines, where everything is defined and nothing has run.
+FAULTS = {
+    "graph break": """
+whole = GPT.forward
+def planted(self, *args):
+    torch._dynamo.graph_break()
+    return whole(self, *args)
+GPT.forward = planted
+""",
+    "late compilation": """
+whole, calls = GPT.forward, 0
+def planted(self, *args):
+    global calls
+    calls += 1
+    return whole(self, *args) * calls
+GPT.forward = planted
+""",
+    "wait": """
+whole = Optimizer.step
+def planted(self):
+    self.weights.sum().item()
+    whole(self)
+Optimizer.step = planted
+""",
+    "spill": """
+import triton
+import triton.language as tl
+@triton.jit
+def hungry(x, size: tl.constexpr):
+    at = tl.arange(0, size)
+    kept = tl.load(x + at)
+    tl.store(x + at, kept * tl.sum(kept, 0))
+whole = Optimizer.step
+def planted(self):
+    whole(self)
+    hungry[(1,)](torch.zeros(2**16, device="cuda"), 8192, num_warps=1)
+Optimizer.step = planted
+""",
+    "does not run": """
+import triton
+import triton.language as tl
+@triton.jit
+def huge(x, size: tl.constexpr):
+    at = tl.arange(0, size)
+    tl.store(x + at, tl.sort(tl.load(x + at)))
+whole = Optimizer.step
+def planted(self):
+    whole(self)
+    huge[(1,)](torch.zeros(2**21, device="cuda"), 2**21)
+Optimizer.step = planted
+""",
+}
+
+LINES = {
+    "graph break": "torch._dynamo.graph_break()",
+    "wait": "self.weights.sum().item()",
+    "does not run": "huge[(1,)]",
+}
+
+
+# ---------------------------------------------------------------------------- without the stand-in
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty cache folder, where nothing may be installed."""
+    monkeypatch.setenv("SPEEDRUN_PREFLIGHT", str(tmp_path / "home"))
+    monkeypatch.setattr(environment.Environment, "call", lambda *args: pytest.fail("set-up began"))
+    return tmp_path / "home"
+
+
+def refusal(capsys, *argv) -> str:
+    """The one line of a misuse."""
+    assert tool.main([str(ROOT / "train_gpt.py"), *argv]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    return lines[-1]
+
+
+@pytest.mark.parametrize("argv", [["--gpu", "tpu"], ["--gpus", "3"], ["--memory_gb", "x"], ["-x"]])
+def test_misuse_is_one_line(argv, home, capsys):
+    assert refusal(capsys, *argv).endswith("see python -m records preflight --help")
+    assert not home.exists()
+
+
+def test_a_missing_script_is_one_line(home, capsys):
+    assert tool.main(["nowhere.py"]) == 2
+    assert "nowhere.py: no such file" in capsys.readouterr().err
+
+
+def test_other_machines_are_refused(home, capsys, monkeypatch):
+    monkeypatch.setattr(
+        os, "uname", lambda: SimpleNamespace(sysname="Darwin", machine="arm64"), raising=True
+    )
+    assert "Linux x86-64, not Darwin arm64" in refusal(capsys)
+
+
+@pytest.mark.parametrize(
+    "missing, said", [("cc gcc clang", "no C compiler"), ("nm", "nm not found; install binutils")]
+)
+def test_missing_tools_are_named(missing, said, home, capsys, monkeypatch):
+    monkeypatch.setattr(
+        environment.shutil, "which", lambda name: None if name in missing.split() else f"/{name}"
+    )
+    assert said in refusal(capsys)
+
+
+def test_a_full_disk_is_said_before_the_download(home, capsys, monkeypatch):
+    monkeypatch.setattr(environment.shutil, "which", lambda name: f"/{name}")
+    monkeypatch.setattr(environment.Environment, "has_headers", lambda self: True)
+    monkeypatch.setattr(environment.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**9))
+    assert "has 1.0 GB free, 3.5 are needed" in refusal(capsys)
+
+
+def test_the_users_flags_win(tmp_path):
+    files = ["--train_files", "a", "--val_files", "b"]
+    assert all_flags(["--steps", "30", *files], tmp_path)[2:] == [*files, "--val_every", "30"]
+    assert "--galore_interval" in all_flags(["--galore", "8", *files], tmp_path)
+    assert not any(tmp_path.iterdir())
+    assert tool.separated(["--a=b=c", "d=e"]) == ["--a", "b=c", "d=e"]
+
+
+def test_the_log_is_read_by_whole_lines(tmp_path):
+    log = TrainerLog(tmp_path)
+    assert log.new_lines() == []
+    (tmp_path / "run.txt").write_text("one\ntwo\nthr")
+    assert log.new_lines() == ["one", "two"]
+    (tmp_path / "run.txt").write_text("one\ntwo\nthree\n")
+    assert log.new_lines() == ["three"]
+    assert log.new_lines() == []
+
+
+@pytest.mark.parametrize(
+    "output, line",
+    [
+        (
+            "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n\nSet X=1\n",
+            "torch.OutOfM",
+        ),
+        (
+            "train_gpt.py: --window: no\n[W1121 14:16:52.4 ProcessGroup] Warning: leak\n",
+            "train_gpt.",
+        ),
+        (
+            "[rank0]: ValueError: x\n[rank0]:[W1121 14:16:52.4 ProcessGroup] Warning\n",
+            "ValueError: x",
+        ),
+        ("step 1\nKilled\n\n", "Killed"),
+        ("", "no output"),
+    ],
+)
+def test_the_error_is_found_in_the_output(output, line):
+    run = Run.__new__(Run)
+    run.output = output
+    assert run.last_line().startswith(line)
+
+
+FLASH = "_ZN13pytorch_flash16flash_fwd_kernelI23Flash_fwd_kernel_traitsILi128ELi128ELi64ELi4E"
+ADD = "_ZN2at6native29vectorized_elementwise_kernelILi4ENS0_15CUDAFunctor_addIfEESt5arrayIPcLm3EE"
+
+
+def test_work_is_counted_from_what_was_launched():
+    counts = {
+        "matmul bf16 m=2 n=3 k=4 batch=1": [5, 5 * 48],
+        "matmul bf16 m=2 n=2 k=2 batch=7": [1, 112],
+        # 1024 tokens in blocks of 128, 4 rows, 6 heads of 128
+        f"kernel {FLASH} grid 8,4,6": [2, 384],
+        f"kernel {ADD} grid 10,1,1 elements": [1, 1000],
+        "kernel triton_poi_fused_add_0 grid 1,1,1": [3, 3],
+        "kernel mystery grid 1,1,1": [4, 4],
+        "collective all_gather": [1, 800],
+        "copy device -> device": [1, 50],
+        "copy pinned -> device": [1, 1e9],
+        "spill triton_poi_fused_add_0": [3, 24],
+    }
+    update = dict(counts=counts, triton={"triton_poi_fused_add_0": [3, 600.0, 0.0]})
+    works = {(work.kind, work.name.partition(" ")[0]): work for work in estimate.works_of(update)}
+    single = works["matmul", "matmul"]
+    assert (single.launches, single.bytes, single.operations) == (5, 5 * 2 * (8 + 12 + 6), 240)
+    assert works["matmul, optimizer", "matmul"].bytes == 2 * 7 * 12
+    queries = 4 * 6 * 1024 * 128
+    attention = works["attention", "flash_fwd_kernel"]
+    assert attention.operations == 2 * 4 * queries * 1024 / 2
+    assert attention.bytes == 2 * 4 * 2 * queries  # q, k, v and o in bf16
+    assert works["eager", ADD].bytes == 1000 * 3 * 4
+    assert works["norm, rotary, residual", "triton_poi_fused_add_0"].bytes == 600
+    assert not works["eager", "mystery"].known
+    assert works["copies", "copy"].bytes == 100
+    assert len(works) == 8
+    assert reporting.spills_of(update) == {"triton_poi_fused_add_0": 8}
+
+
+def test_the_estimate_is_the_slowest_of_operations_bytes_and_launches():
+    card = CARDS["h100"]
+
+    def seconds(**work):
+        fields = dict(kind="matmul", name="", launches=1, bytes=0, operations=0)
+        return estimate.seconds(estimate.Work(**fields | work), card, 8)
+
+    assert seconds(operations=989e12) == pytest.approx(1 / estimate.MATMUL)
+    assert seconds(bytes=3.35e12) == pytest.approx(1 / estimate.MEMORY)
+    assert seconds(launches=1000) == pytest.approx(1000 * estimate.LAUNCH)
+    assert seconds(kind="attention", operations=989e12) == pytest.approx(1 / card.attention)
+    ring = seconds(kind="collective", bytes=450e9)
+    assert ring == pytest.approx(7 / 8 / estimate.LINK)
+
+
+def update(first, launches, last=None, validated=False):
+    """What observe.py says of an update that launched so many kernels."""
+    counts = {"kernel k grid 1,1,1": [launches, launches]}
+    fields = dict(backwards=1, host_seconds=0.1, waits=[], triton={}, validated=validated)
+    return dict(first=first, last=last or first + 1, counts=counts, **fields)
+
+
+def test_stages_are_described_by_the_mean_of_their_updates():
+    """Of a script that reads its loss one update late; validations at 0, 6 and the end."""
+    config = dict(steps=14, batch_tokens=[1024, 2048, 4096], seq_len=128, extension=2)
+    updates = [
+        update(0, 8, validated=True),
+        update(1, 4),
+        update(2, 4),
+        update(3, 7),  # a method's rarer work
+        update(4, 100, last=6, validated=True),
+        update(6, 14),  # two at once: the first one's loss was read late
+        *(update(step, 7) for step in range(7, 11)),
+        update(11, 9),
+        update(12, 100, last=14, validated=True),
+    ]
+    updates[2]["waits"] = [("wait for a stream", 3)]
+    run = SimpleNamespace(seen=dict(updates=updates))
+    run.config = lambda: config
+    run.result = lambda: dict(flops_per_token=6.0)
+    options = SimpleNamespace(card=CARDS["h100"], gpus=2)
+    stages = reporting.stages_of(run, options)
+    assert [stage["stage"]["batch_tokens"] for stage in stages] == [1024, 2048, 4096]
+    assert [stage["launches"] for stage in stages] == [5.5, 7, 9]
+    assert [stage["micro_batch"] for stage in stages] == [4, 8, 16]
+    assert [stage["waits"] for stage in stages] == [0, 0, 0]
+    assert [stage["most_waits"] for stage in stages] == [1, 0, 0]
+
+
+PREFIX = "W1121 14:03:38 4153 torch/_dynamo/convert_frame.py:1995] [0/8] "
+LIMIT = f"""{PREFIX}torch._dynamo hit config.recompile_limit (8)
+{PREFIX}   function: 'planted' (/t.py:1102)
+"""
+
+
+def ended(code=0, output="", total=(), compilations=()):
+    """What failures() looks at, of a run and its report."""
+    run = SimpleNamespace(code=code, output=output, seen=dict(total=dict.fromkeys(total)))
+    run.last_line = lambda: output
+    run.line_of_error = lambda: 7
+    return dict(graph_breaks=[], compilations=compilations, stages=[]), run
+
+
+@pytest.mark.parametrize(
+    "what, run",
+    {
+        None: ended(),
+        "does not end": ended(code=None),
+        "does not run": ended(code=1, output="ValueError"),
+        "does not fit": ended(code=2, output="train_gpt.py: no", total=["memory refused"]),
+        "too many forms": ended(output=LIMIT),
+        "refused": ended(total=["refused launch k grid 1,70000,1"]),
+        "late compilation": ended(
+            compilations=[dict(late=True, seconds=2.0, reason=None, line=3)],
+        ),
+    }.items(),
+)
+def test_what_would_fail_there(what, run):
+    found = reporting.failures(*run)
+    assert [entry["what"] for entry in found] == ([what] if what else [])
+
+
+# ------------------------------------------------------------------------------- on the stand-in
+
+
+def preflight(script, *flags, options=()) -> tuple[int, dict]:
+    """(exit code, report) of `python -m records preflight`."""
+    command = [sys.executable, "-m", "records", "preflight", str(script), "--json", *options]
+    # What a case sets itself replaces the small default: no flag is given twice.
+    given = {}
+    for word in [*SMALL, *flags]:
+        if word.startswith("--"):
+            given[word] = values = []
+        else:
+            values.append(word)
+    words = [word for name, values in given.items() for word in (name, *values)]
+    done = subprocess.run([*command, "--", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def with_fault(folder: Path, fault: str) -> Path:
+    """A copy of the trainer with a planted fault."""
+    source = (ROOT / "train_gpt.py").read_text()
+    head, main, tail = source.rpartition('if __name__ == "__main__":')
+    path = folder / "train_gpt.py"
+    path.write_text(head + FAULTS[fault].lstrip() + main + tail)
+    return path
+
+
+def line_number(path: Path, text: str) -> int:
+    lines = path.read_text().splitlines()
+    return 1 + next(i for i, line in enumerate(lines) if text in line)
+
+
+def found(report: dict) -> dict[str, dict]:
+    return {entry["what"]: entry for entry in report["failures"] + report["warnings"]}
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault, tmp_path):
+    script = with_fault(tmp_path, fault)
+    code, report = preflight(script)
+    entry = found(report)[fault]
+    assert code == (0 if fault == "spill" else 1)
+    if fault in LINES:
+        assert entry["line"] == line_number(script, LINES[fault])
+
+
+@pytest.mark.preflight
+def test_a_model_too_large_for_the_card_is_found():
+    large = ["--n_embd", "768"]
+    code, report = preflight(ROOT / "train_gpt.py", *large, options=["--memory_gb", "1"])
+    assert code == 1 and report["failures"][0]["what"] == "does not fit"
+
+
+CASES = {
+    "nov2024": "",
+    "gpt2_small": f"--preset gpt2_small {RECIPE}",
+    "gpt2_medium": f"--preset gpt2_medium {RECIPE}",
+    "gpt2_xl": f"--preset gpt2_xl {RECIPE}",
+    "laptop": "--preset laptop",
+    "stages": "--batch_tokens 4096 8192 12288 --window 32 64",
+    "documents": "--doc_mask --window 64",
+    "eager": "--no_compile",
+    "fp32": "--no_bf16",
+    "tied": "--no_untie_head",
+    "ngram": "--ngram 3",
+    "micro-batches": "--micro_batch 8",
+    "adam": "--matrix_optimizer adam",
+    "sparsity": "--sparsity 0.5",
+    "mup": "--mup_base_width 64",
+    "relora": "--relora 8 --relora_warm_start 4 --relora_interval 3",
+    "relora, muon": "--relora 8 --relora_warm_start 4 --relora_optimizer muon",
+    "relora after adam": "--relora 8 --relora_warm_start 4 --matrix_optimizer adam",
+    "galore": "--galore 8",
+    "galore, 8 bits": "--galore 8 --galore_bits 8",
+    "galore, muon": "--galore 8 --galore_inner muon",
+    "galore, per layer": "--galore 8 --galore_per_layer --no_compile",
+    "lawa": "--lawa 2 --lawa_interval 2",
+    "lawa, replace": "--lawa 2 --lawa_interval 2 --lawa_mode replace",
+    "checkpoints": "--checkpoint_every 4",
+}
+OTHER_CARDS = [
+    ("h100", "8", ""),
+    ("h100", "8", "--lawa 2 --lawa_interval 2"),
+    ("a100", "1", "--doc_mask --window 64"),
+    ("4090", "1", "--doc_mask --window 64"),
+    ("3090", "1", "--doc_mask --window 64"),
+]
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("flags", CASES.values(), ids=CASES)
+def test_presets_and_methods_pass(flags):
+    code, report = preflight(ROOT / "train_gpt.py", *flags.split())
+    assert (code, report["failures"]) == (0, [])
+    assert report["stages"], "no whole update was seen"
+
+
+@pytest.mark.preflight
+@pytest.mark.parametrize("gpu, gpus, flags", OTHER_CARDS)
+def test_cards_pass(gpu, gpus, flags):
+    options = ["--gpu", gpu, "--gpus", gpus]
+    code, report = preflight(ROOT / "train_gpt.py", *flags.split(), options=options)
+    assert (code, report["failures"]) == (0, [])
