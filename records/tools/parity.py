@@ -212,7 +212,7 @@ SCRIPTS = (
         marks=("self.lamb = ", "self.lambdas = ", "logits = 30 *", "model.cuda().bfloat16()"),
         lacks=("skip_weights",),
         theirs=SMALL_2024,
-        ours=SMALL_2024 | dict(cooldown=9 / 31),
+        ours=SMALL_2024,
         rows=8,
         row_length=64,
         build=build_2024,
@@ -351,11 +351,15 @@ class Ours:
 def shrunk_fields(script: Script, c) -> dict:
     """The fields that make our config as small as theirs."""
     first = script.rows * script.row_length
+    steps, cooldown = shrink(c.steps - c.extension), c.cooldown
+    if not c.extension:  # the scripts of 2024 count the updates of their cool-down
+        cooldown = shrink(round(c.cooldown * c.steps)) / steps
     extension = shrink(c.extension) if c.extension else 0
     batches = tuple(first * tokens // c.batch_tokens[0] for tokens in c.batch_tokens)
     return dict(
         script.ours,
-        steps=shrink(c.steps - c.extension) + extension,
+        steps=steps + extension,
+        cooldown=cooldown,
         extension=extension,
         momentum_warmup=shrink(c.momentum_warmup),
         momentum_cooldown=shrink(c.momentum_cooldown) if c.momentum_cooldown else 0,
