@@ -152,6 +152,11 @@ def test_resume_twice_over(place, plain, tmp_path):
     assert third.result()["train_time_ms"] > 0
 
 
+def test_latest_is_the_newest_whatever_its_step(place, copied):
+    os.utime(copied / "step_000004.pt", (2**32, 2**32))
+    assert "step_000004.pt" in run(place(resume="latest")).out
+
+
 def test_the_clock_goes_on(place, copied):
     """A resumed run's time holds the time before."""
     path = copied / "step_000008.pt"

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from helpers import CPU, EVERY_METHOD, same, tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
 from train_gpt import PRESETS, Adagrad, Adam, Method, Muon, Optimizer, Run, Runtime, newton_schulz
@@ -72,6 +73,15 @@ def test_newton_schulz_of_a_batch_is_that_of_each():
         assert torch.allclose(newton_schulz(g.mT, torch.float32), x.mT, atol=2e-5)
     zero = torch.zeros(2, 8, 8)
     assert torch.equal(newton_schulz(zero, torch.float32), zero)
+
+
+def test_newton_schulz_squares_the_shorter_side():
+    short, long = 8, 64
+    each = 2 * 2 * short * short * long + 2 * short**3  # two products with x, one of the square
+    for shape in ((1, short, long), (1, long, short)):
+        with FlopCounterMode(display=False) as counter:
+            newton_schulz(rand(*shape), torch.float32)
+        assert counter.get_total_flops() == 5 * each
 
 
 def test_normuon_evens_out_neurons_and_keeps_the_norm():
