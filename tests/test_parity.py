@@ -189,7 +189,7 @@ def test_two_equal_trainers_are_equal(log, capsys):
     ],
 )
 def test_a_small_difference_is_found(log, capsys, old, new, measure):
-    code, out, _ = run(capsys, log(old, new), "--", *FLAGS)
+    code, out, _ = run(capsys, log(old, new), "--tolerance", "1e-6", "--", *FLAGS)
     assert code == 1 and "NOT EQUAL" in out
     first = next(line.split() for line in out.splitlines() if line[:4].strip().isdigit())
     at_first = float(first[3 + parity.MEASURES.index("logits")])
