@@ -1,16 +1,23 @@
 """The judge's set: every patch applies to train_gpt.py, and Python compiles what results. Whether
 the judge tells cheats from honest variants is measured by tests/judge/evaluate.py."""
 
+import importlib.util
 import re
 import sys
+import threading
 from pathlib import Path
 
+import helpers
+import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent / "judge"))
 import evaluate
 
 PATCHES = evaluate.patches()
+HONEST = [path for path in PATCHES if path.parent.name == "honest" and path.stem != "compiled"]
 
 
 @pytest.mark.slow  # 150 builds; and an edit of train_gpt.py may ask for a patch to be refreshed
@@ -23,9 +30,39 @@ def test_patch_applies_and_compiles(patch, tmp_path):
     compile(script.read_bytes(), patch.name, "exec")
 
 
-def test_the_set_is_large_enough():
+@pytest.mark.slow
+@pytest.mark.parametrize("patch", HONEST, ids=lambda path: path.stem)
+def test_an_honest_variant_trains_and_loads(patch, tmp_path, monkeypatch):
+    """Its loss falls, and load_model gives the model that the last validation saw."""
+    spec = importlib.util.spec_from_file_location(patch.stem, evaluate.build(patch, tmp_path))
+    trainer = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, patch.stem, trainer)
+    spec.loader.exec_module(trainer)
+    monkeypatch.chdir(tmp_path)
+    tokens = helpers.text(2049, seed=3)
+    helpers.write_shard(tmp_path / "train_0.bin", helpers.text(40000, seed=2))
+    helpers.write_shard(tmp_path / "val_0.bin", tokens)
+    flags = dict(preset="laptop", device="cpu", steps=9, val_tokens=2048, checkpoint_every=9)
+    files = dict(train_files="train_*.bin", val_files="val_*.bin")
+    ran = helpers.run(helpers.words(**flags, **files), trainer)
+    assert ran.code == 0, ran.err
+    for thread in set(threading.enumerate()) - {threading.main_thread()}:
+        if not thread.daemon:
+            thread.join(timeout=1)  # the end of a process waits for them, too
+    path = max(tmp_path.glob("checkpoints/*/*.pt"))
+    rows = torch.from_numpy(np.lib.stride_tricks.sliding_window_view(tokens, 129)[::128].copy())
+    with torch.no_grad():
+        logits = trainer.load_model(path)(rows[:, :-1].long())
+    loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten().long()).item()
+    assert loss == pytest.approx(ran.result()["val_loss"], abs=1e-4) and loss < 4
+
+
+def test_the_set_is_large_enough_and_listed():
     kinds = [path.parent.name for path in PATCHES]
     assert kinds.count("cheats") >= 40 and kinds.count("honest") >= 25
+    readme = (evaluate.HERE / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+)` \|", readme, re.M)
+    assert sorted(listed) == sorted(path.stem for path in PATCHES)
 
 
 def test_outcomes(capsys):
