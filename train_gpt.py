@@ -89,7 +89,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
     # data
-    batch_tokens: tuple[int, ...] = (524288,)  # tokens per update, over all ranks
+    batch_tokens: tuple = (524288,)  # tokens per update, over all ranks
     extension: int = 0  # last updates, for which the last value of every longer tuple is meant
     seq_len: int = 1024  # tokens per row
     max_document: int = 0  # rows start at documents, each cut to so many tokens (9/2025); 0: off
@@ -108,7 +108,6 @@ class Config:
     residual_scale: float = 1.0  # first factor on every block's input (11/2025)
     untie_head: bool = True  # lm_head has weights of its own
     tied_share: float = 0.0  # ... but is one with wte for this share of the run (12/2025)
-    zero_init: bool = True  # lm_head, o and down start at zero
     init_qkv: float = 1.0  # factor on the first values of q, k and v, U(±1/√in)
     init_up: float = 1.0  # ... and of the MLP's up
     ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
@@ -128,13 +127,11 @@ class Config:
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     sigmoid_softcap: bool = False  # 23 * sigmoid((logits + 5) / 7.5) instead (12/2025)
     multi_token: bool = False  # training: also predict the next two tokens, less and less (12/2025)
-    qk_norm: bool = True  # RMSNorm on queries and keys
     bf16: bool = True  # activations and tables in bfloat16, other weights cast at use
     doc_mask: bool = False  # tokens attend within their own document only
-    window: tuple[int, ...] = (0,)  # tokens that a layer looks back; 0: no limit
-    short_window: tuple[int, ...] = (0,)  # ... but for two long layers; 0: as those (1/2025)
+    window: tuple = (0,)  # tokens that a layer looks back; 0: no limit
+    short_window: tuple = (0,)  # ... but for two long layers; 0: as those (1/2025)
     final_window: int = 0  # window of the last validation; 0: as before (9/2025)
-    attention: Literal["auto", "sdpa", "flex"] = "auto"  # auto: flex if compiled, masked, on CUDA
     # optimizers
     matrix_optimizer: Literal["muon", "adam"] = "muon"  # of the hidden matrices
     lr_muon: float = 0.02  # Muon's rate
@@ -160,18 +157,16 @@ class Config:
     decay_muon: float = 0.0  # cautious weight decay, times rate squared (11/2025)
     decay_adam: float = 0.0  # ... with adam_table's factors (12/2025)
     sum_loss: bool = False  # gradients of the sum over tokens / 8: they grow with the batch
-    lr_factor: tuple[float, ...] = (1.0,)  # on all rates
-    warmup: int = 0  # updates of linear learning-rate warm-up
+    lr_factor: tuple = (1.0,)  # on all rates
     cooldown: float = 926 / 3242  # share of the run, at its end, in which the rates fall
     lr_floor: float = 0.0  # ... to this share of the unfactored rates
     # methods
+    low_rank_optimizer: Literal["adam", "muon"] = "adam"  # of ReLoRA's adapters; within GaLore
     relora: int = 0  # ReLoRA: rank of the adapters; 0: off
     relora_scale: float = 0.25  # of what the adapters add: alpha / rank
     relora_warm_start: int = 0  # full-rank updates before the adapters; 0: a quarter of the run
     relora_interval: int = 0  # updates between merges, a tenth to re-warm; 0: a quarter of the rest
-    relora_optimizer: Literal["adam", "muon"] = "adam"  # of the adapters
     galore: int = 0  # GaLore: rank of the projected gradients; 0: off
-    galore_inner: Literal["adam", "muon"] = "adam"  # optimizer in the projected space
     galore_interval: int = 200  # updates between projections
     galore_scale: float = 0.25  # factor on the projected update
     galore_bits: Literal[32, 8] = 32  # of a moment's entry
@@ -193,7 +188,7 @@ class Config:
     resume: str = ""  # train on from a checkpoint: its path, or latest
     resume_anyway: bool = False  # ... although flags, source or data changed
     generate: str = ""  # do not train, continue this text
-    checkpoint: str = ""  # ... with the model of this checkpoint: its path, or latest
+    checkpoint: str = "latest"  # ... with the model of this checkpoint: its path, or latest
     generate_tokens: int = 200  # ... by so many tokens
     temperature: float = 0.8  # ... drawn at this temperature; 0: the likeliest
 
@@ -213,28 +208,25 @@ def check_config(c):
     """Mistakes that would waste a run. Errors: UserError, one line that says what to do."""
     for name, value in vars(c).items():
         default = getattr(Config, name)
-        counts = type(default) is int and default > 0 and name != "val_every"
+        least = int(type(default) is int and default > 0 and name != "val_every")
         for number in value if isinstance(value, tuple) else [value]:
-            wrong = isinstance(number, int | float) and not counts <= number < 2**63
-            refuse(wrong, f"--{name} {number}: must be a number from {int(counts)} up")
+            wrong = isinstance(number, int | float) and not least <= number < 2**63
+            refuse(wrong, f"--{name} {number}: must be a number from {least} up")
     shares = max(c.momentum, c.beta1, c.beta2, c.normuon, c.sparsity)
     refuse(shares >= 1, f"{shares}: momentum, betas, --normuon and --sparsity must be below 1")
-    refuse(not all(c.batch_tokens), "--batch_tokens must be above 0")
     for tokens in c.batch_tokens:
-        refuse(tokens % c.seq_len, f"{tokens} tokens are no multiple of --seq_len {c.seq_len}")
+        uneven = tokens == 0 or tokens % c.seq_len
+        refuse(uneven, f"--batch_tokens {tokens}: must be a multiple of --seq_len {c.seq_len}")
     refuse(c.val_tokens % c.val_len, f"--val_tokens must be a multiple of {c.val_len}, its row")
-    longest = max(c.warmup, c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval)
-    refuse(longest > c.steps, f"--steps {c.steps} end before a warm-up or interval of {longest}")
-    refuse(max(c.relora, c.galore) > c.n_embd, f"--relora and --galore: at most rank {c.n_embd}")
+    longest = max(c.extension + 1, c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval)
+    refuse(longest > c.steps, f"--steps {c.steps} end before an interval of {longest}")
     refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
     refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
-    refuse(any(c.short_window) and not any(c.window), "--short_window needs a --window")
     refuse(c.paired_heads and c.n_head % 2, "--paired_heads needs an even --n_head")
-    refuse(c.key_offset and not c.half_rotary, "--key_offset needs --half_rotary")
     odd = c.checkpoint_every % c.adam_every  # then gradients would be on their way
     refuse(odd, f"--checkpoint_every must be a multiple of --adam_every {c.adam_every}")
-    refuse(c.extension >= c.steps, "--extension is longer than the run")
-    refuse(c.generate and not c.checkpoint, "--generate needs --checkpoint PATH (or latest)")
+    early = c.compile and c.galore_per_layer  # compiled, the backward pass frees nothing early
+    refuse(early, "--galore_per_layer needs --no_compile: else it would save no memory")
     methods = [c.relora, c.galore, c.sparsity or c.mup_base_width]
     refuse(sum(map(bool, methods)) > 1, "--relora, --galore and SuPar exclude each other")
 
@@ -339,13 +331,12 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
     )
     parser.error = functools.partial(refuse, True)
     for field in dataclasses.fields(Config):
-        kind, options = field.type, dict(help=argparse.SUPPRESS)
+        kind, options = field.type, dict(help=argparse.SUPPRESS, dest=field.name)
         if kind in (bool, bool | None):
-            off = dict(options, dest=field.name, action="store_false")
-            parser.add_argument(f"--no_{field.name}", **off)
+            parser.add_argument(f"--no_{field.name}", action="store_false", **options)
             options["action"] = "store_true"
-        elif get_origin(kind) is tuple:
-            options |= dict(nargs="+", type=get_args(kind)[0])
+        elif kind is tuple:
+            options |= dict(nargs="+", type=type(field.default[0]))
         elif get_origin(kind) is Literal:
             options |= dict(choices=get_args(kind), type=type(field.default))
         elif field.name == "resume":
@@ -353,8 +344,8 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
         else:
             options["type"] = kind
         parser.add_argument(f"--{field.name}", **options)
-    given = vars(parser.parse_args(argv))
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given = vars(parser.parse_args(argv)).items()
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given}
     preset = given.get("preset", default_preset)
     refuse(preset not in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     config = dataclasses.replace(PRESETS[preset], **given)
@@ -370,9 +361,15 @@ def idle_flags(c):
         if not getattr(c, owner):
             names = [name for name in vars(c) if name.startswith(f"{owner}_")]
             idle |= dict.fromkeys(names, f"without --{owner}")
+    rules = set()
+    if c.relora or c.galore:
+        rules.add(c.low_rank_optimizer)
+    else:
+        idle["low_rank_optimizer"] = "without --relora or --galore"
     if c.galore:
-        idle["matrix_optimizer"] = "with --galore, which has --galore_inner"
-    rules = {c.galore_inner if c.galore else c.matrix_optimizer, c.relora and c.relora_optimizer}
+        idle["matrix_optimizer"] = "with --galore, which has --low_rank_optimizer"
+    else:
+        rules.add(c.matrix_optimizer)
     for flag, rule in {"lr_muon": "muon", "normuon": "muon", "lr_adam": "adam"}.items():
         if rule not in rules:
             idle[flag] = f"where no matrix is trained by {rule}"
@@ -381,19 +378,13 @@ def idle_flags(c):
 
 def resolve(c, device):
     """Every "chosen for you" value replaced by what was chosen, so that the log says what ran."""
-    cuda = device.type == "cuda"
-    compile = cuda and not c.galore_per_layer if c.compile is None else c.compile
-    early = compile and c.galore_per_layer  # compiled, the backward pass frees nothing early
-    refuse(early, "--galore_per_layer needs --no_compile: else it would save no memory")
-    masked = c.doc_mask or any(c.window)
-    backend = "flex" if cuda and compile and masked else "sdpa"
+    on_gpu = device.type == "cuda" and not c.galore_per_layer
     wrap = c.relora_warm_start or max(1, c.steps // 4)
     return dataclasses.replace(
         c,
         device=device.type,
-        compile=compile,
-        attention=backend if c.attention == "auto" else c.attention,
-        relora_warm_start=wrap if c.relora else 0,
+        compile=on_gpu if c.compile is None else c.compile,
+        relora_warm_start=wrap,
         relora_interval=c.relora_interval or max(1, (c.steps - wrap) // 4),
         lawa_interval=c.lawa_interval or max(1, c.steps // 100),
     )
@@ -582,58 +573,59 @@ class Layer:
 
 
 def layer_plan(c: Config) -> list[Layer]:
-    """What each layer does. Rules that give the public record's numbers at 11 layers; 4 at
-    least."""
+    """What each layer does, by rules that give the record's numbers at 11 layers; 4 at least."""
     n, middle = c.n_layer, (c.n_layer + 1) // 2
-    plan = [Layer() for _ in range(n)]
-    for i, layer in enumerate(plan):
-        layer.attention = not (c.middle_skip and i == middle)
-        layer.long = i in (middle // 2, n - 1) or not any(c.short_window)
+    tables = {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2} if c.value_embeds else {}
+    plan = []
+    for i in range(n):
+        skips = c.middle_skip and i == middle
+        long = i in (middle // 2, n - 1) or not any(c.short_window)
         outer = i in (0, 2, middle - 1, n - 2)
-        layer.paired = c.paired_heads and outer and layer.attention and not layer.long
-        layer.offset = c.key_offset and layer.long
-    if c.middle_skip:
-        plan[middle].skip = middle // 2
-    if c.value_embeds:
-        outer = 0, 1, n - 3, n - 2, n - 1
-        for i, table in zip(outer, (1, 2, 0, 1, 2), strict=True):
-            plan[i].table = table if plan[i].attention else None
+        layer = Layer(
+            attention=not skips,
+            long=long,
+            paired=c.paired_heads and outer and not long and not skips,
+            offset=c.key_offset and long,
+            table=None if skips else tables.get(i),
+            skip=middle // 2 if skips else None,
+        )
+        plan.append(layer)
     return plan
 
 
 def attention_mask(docs, window, c):
-    """The one attention rule, for document numbers [B, T]: causal; back by `window` tokens, if not
-    0; with doc_mask within a document. Returns what the backend wants: None (plain causal), a
-    BlockMask, or bool [B or 1, 1, T, T]."""
+    """The one attention rule, for document numbers [B, T]: causal; back by `window` tokens; with
+    doc_mask within a document. Returns what the backend wants: None (plain causal), a BlockMask, or
+    bool [B or 1, 1, T, T]."""
     B, T = docs.shape
-    if not (0 < window < T - 1 or c.doc_mask):
+    if not (c.doc_mask or any(c.window) or any(c.short_window)):
         return None
     rows = B if c.doc_mask else 1
 
     def allowed(b, h, q, k):
-        ok = q >= k
-        if window:
-            ok = ok & (q - k <= window)
-        if c.doc_mask:
-            ok = ok & (docs[b, q] == docs[b, k])
-        return ok
+        near = (q >= k) & (q - k <= window)
+        return near & (docs[b, q] == docs[b, k]) if c.doc_mask else near
 
-    if c.attention == "flex":
+    if docs.is_cuda and c.compile:
         return create_block_mask(allowed, rows, None, T, T, device=docs.device)
     b = torch.arange(rows, device=docs.device).view(-1, 1, 1, 1)
     t = torch.arange(T, device=docs.device)
     return allowed(b, 0, t[:, None], t)
 
 
-def attend(q, k, v, mask, scale):
-    """Attention over [B, T, H, head_dim] under an attention_mask, which knows the backend."""
+def attend(q, k, v, mask):
+    """Attention over [B, T, H, head_dim], queries scaled, under an attention_mask."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if isinstance(mask, BlockMask):
-        y = flex_attention(q, k, v, block_mask=mask, scale=scale)
+        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
     else:
-        causal = mask is None
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=1.0)
     return y.transpose(1, 2)
+
+
+def scalar(value, on=True):
+    """A learned factor, or several, if on."""
+    return nn.Parameter(torch.tensor(value)) if on else None
 
 
 class Linear(nn.Module):
@@ -645,6 +637,7 @@ class Linear(nn.Module):
         self.n_in, self.n_out, self.transposed = n_in, n_out, transposed
         self.bound = init * n_in**-0.5
         self.weight = nn.Parameter(torch.zeros((n_in, n_out) if transposed else (n_out, n_in)))
+        self.weight.transposed = transposed
 
     def init(self, generator):
         uniform_(self.weight, self.bound, generator)
@@ -742,9 +735,8 @@ def rotate(x, tables):
     """Rotary position embedding of [B, T, H, head_dim], arXiv 2104.09864: of the first dims, as
     many as there are angles for; halves, not neighbours."""
     cos, sin = tables[:, : x.size(1)].to(x.dtype)
-    n = cos.size(-1)
-    a, b, rest = x.tensor_split((n, 2 * n), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+    a, b, *rest = x.split(cos.size(-1), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, *rest), dim=-1)
 
 
 def interleave(x):
@@ -755,42 +747,40 @@ def interleave(x):
 class CausalSelfAttention(nn.Module):
     def __init__(self, c, layer):
         super().__init__()
-        self.config, self.layer = c, layer
+        self.layer, self.heads = layer, (c.n_head, -1)
         self.q = Linear(c.n_embd, c.n_embd, c.init_qkv)
         self.k = Linear(c.n_embd, c.n_embd, c.init_qkv)
         self.v = Linear(c.n_embd, c.n_embd, c.init_qkv)
-        self.o = Linear(c.n_embd, c.n_embd, 0.0 if c.zero_init else 1.0)
-        self.value_lambda = nn.Parameter(torch.tensor(0.5)) if c.value_residual else None
-        self.factors = nn.Parameter(torch.tensor([0.5, 1.0])) if c.attention_factors else None
+        self.o = Linear(c.n_embd, c.n_embd, init=0.0)
+        self.value_lambda = scalar(0.5, c.value_residual)
+        self.factors = scalar([0.5, 1.0], c.attention_factors)
         self.gate = Gate(c.n_head) if c.attention_gate else None
         self.value_gate = None if layer.table is None else Gate(c.n_head)
 
     def forward(self, x, shared):
-        c, layer, heads = self.config, self.layer, (self.config.n_head, -1)
+        layer = self.layer
         h = x if self.factors is None else self.factors[0].to(x.dtype) * x
-        q = self.q(h).unflatten(-1, heads)  # [B, T, H, head_dim], as are k and v
-        k = self.k(h).unflatten(-1, heads)
-        v = self.v(h).unflatten(-1, heads)
+        q = self.q(h).unflatten(-1, self.heads)  # [B, T, H, head_dim], as are k and v
+        k = self.k(h).unflatten(-1, self.heads)
+        v = self.v(h).unflatten(-1, self.heads)
         if self.value_lambda is not None:
             v1 = shared.setdefault("v1", v)  # arXiv 2410.17897; λ learned (Grad62304977)
             v = torch.lerp(v, v1, self.value_lambda.to(v.dtype))
         if layer.table is not None:
-            values = shared["values"][layer.table].unflatten(-1, heads)
+            values = shared["values"][layer.table].unflatten(-1, self.heads)
             v = v + 2 * self.value_gate(x).unsqueeze(-1) * values
-        if c.qk_norm:  # arXiv 2302.05442
-            q, k = norm(q), norm(k)
         tables = shared["rotary"][layer.paired]
-        q, k = rotate(q, tables), rotate(k, tables)
+        q = rotate(norm(q), tables) * shared["scale"].to(q.dtype)  # norm: arXiv 2302.05442
+        k = rotate(norm(k), tables)
         if layer.offset:  # the dims that do not rotate; the first token keeps its own
             turning, still = k.chunk(2, dim=-1)
             before = torch.cat((still[:, :1], still[:, :-1]), dim=1)
             k = torch.cat((turning, before), dim=-1)
-        mask = shared["masks"][layer.long, layer.paired]
         if layer.paired:
-            y = attend(interleave(q), interleave(k), interleave(v), mask, shared["scale"])
+            q, k, v = interleave(q), interleave(k), interleave(v)
+        y = attend(q, k, v, shared["masks"][layer.long, layer.paired])
+        if layer.paired:
             y = y.unflatten(1, (-1, 2)).flatten(2, 3)
-        else:
-            y = attend(q, k, v, mask, shared["scale"])
         if self.gate is not None:
             y = y * self.gate(x).unsqueeze(-1)
         y = self.o(y.flatten(-2))
@@ -801,7 +791,7 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.up = Linear(c.n_embd, 4 * c.n_embd, c.init_up)
-        self.down = Linear(4 * c.n_embd, c.n_embd, 0.0 if c.zero_init else 1.0, transposed=True)
+        self.down = Linear(4 * c.n_embd, c.n_embd, init=0.0, transposed=True)
         self.down.weight.lr_mult = c.lr_down
 
     def forward(self, x):
@@ -813,9 +803,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn = CausalSelfAttention(c, layer) if layer.attention else None
         self.mlp = MLP(c)
-        self.x_lambda = nn.Parameter(torch.tensor(c.residual_scale)) if c.embed_residual else None
-        self.x0_lambda = nn.Parameter(torch.tensor(0.0)) if c.embed_residual else None
-        self.bigram_lambda = nn.Parameter(torch.tensor(0.1)) if c.bigram_rows else None
+        self.x_lambda = scalar(c.residual_scale, c.embed_residual)
+        self.x0_lambda = scalar(0.0, c.embed_residual)
+        self.bigram_lambda = scalar(0.1, c.bigram_rows)
 
     def forward(self, x, shared):
         if self.x_lambda is not None:  # record of 6 November 2024 (Grad62304977)
@@ -834,11 +824,11 @@ class GPT(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.config, self.plan, self.windows = c, layer_plan(c), None
+        self.config, self.plan, self.stage = c, layer_plan(c), None
         self.dtype = torch.bfloat16 if c.bf16 else torch.float32
-        tied = c.tied_share > 0 or not c.untie_head  # wte makes the logits, too: small and exact
-        std = {False: 1.0, True: 0.005 if c.untie_head else 0.02}[tied]
-        self.wte = Embedding(c.padded_vocab, c.n_embd, std, torch.float32 if tied else self.dtype)
+        tied = tied_at(0, c)  # then wte makes the logits, too: small and exact
+        exact = torch.float32 if tied else self.dtype
+        self.wte = Embedding(c.padded_vocab, c.n_embd, 0.005 if tied else 1.0, exact)
         self.ngrams = NGrams(c, self.dtype) if c.ngram else None
         if c.bigram_rows:
             self.bigrams = Embedding(c.bigram_rows, c.n_embd, 0.0, self.dtype)
@@ -846,40 +836,37 @@ class GPT(nn.Module):
             tables = (Embedding(c.padded_vocab, c.n_embd, 0.0, self.dtype) for _ in range(3))
             self.value_embeds = nn.ModuleList(tables)
         self.smear_gate = Gate(1) if c.smear else None
-        self.smear_lambda = nn.Parameter(torch.tensor(0.0)) if c.smear else None
+        self.smear_lambda = scalar(0.0, c.smear)
         self.skip_gate = Gate(1) if c.middle_skip else None
-        self.skip_lambda = nn.Parameter(torch.tensor(-1.5)) if c.middle_skip else None
-        self.backout_lambda = nn.Parameter(torch.tensor(0.5)) if c.backout else None
+        self.skip_lambda = scalar(-1.5, c.middle_skip)
+        self.backout_lambda = scalar(0.5, c.backout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in self.plan)
-        self.lm_head = Linear(c.n_embd, c.padded_vocab, 0.0 if c.zero_init else 1.0)
+        self.lm_head = Linear(c.n_embd, c.padded_vocab, init=0.0)
         with torch.no_grad():
             for name, module in self.named_modules():
                 if hasattr(module, "init"):
                     module.init(seeded(c.seed, f"{name}.weight"))
             if tied:
                 self.lm_head.weight.copy_(self.wte.weight)
-        self.register_buffer("predictions", prediction_weights(c), persistent=False)
-        self.register_buffer("rotary", None, persistent=False)  # they change with the window
-        self.register_buffer("paired_rotary", None, persistent=False)
         self.set_stage(0)
 
     def set_stage(self, step):
-        """Take the form that update `step`, 0-based, trains; c.steps: of the last validation."""
-        c, last = self.config, min(step, self.config.steps - 1)
-        self.ahead = self.predictions[last, : predictions_at(last, c)]
-        window, short = at_step(c.window, last, c), at_step(c.short_window, last, c)
-        if step == c.steps and c.final_window:
-            window = c.final_window
-        if self.windows == (window, short or window):
+        """Take the form that update `step`, 0-based, trains; c.steps: of the last validation. What
+        changes is tensors, so that nothing compiles again."""
+        c, device = self.config, self.wte.weight.device
+        self.ahead = [torch.tensor(weight) for weight in prediction_weights(step, c)]
+        stage = windows_at(step, c), device
+        if stage == self.stage:
             return
-        self.windows = window, short or window
-        frequencies, self.scale = rotary_at(last, c)
+        self.stage = stage
+        self.windows = [torch.tensor(w or 2**30, device=device) for w in windows_at(step, c)]
+        frequencies, scale = rotary_at(step, c)
+        self.scale = torch.tensor(scale, device=device)
         places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
-        self.rotary = rotary_tables(frequencies, places).to(self.predictions.device)
+        self.rotary = [rotary_tables(frequencies, places).to(device)]
         if c.paired_heads:
             taking_turns = 2 * places + torch.arange(c.n_head) % 2
-            tables = rotary_tables(frequencies, taking_turns)
-            self.paired_rotary = tables.to(self.predictions.device)
+            self.rotary.append(rotary_tables(frequencies, taking_turns).to(device))
 
     def forward(self, tokens, targets=None):
         c = self.config
@@ -891,8 +878,7 @@ class GPT(nn.Module):
             before = F.pad(x[:, :-1], (0, 0, 1, 0))
             x = x + self.smear_lambda.to(x.dtype) * self.smear_gate(x) * before
         x = norm(x)
-        rotary = self.rotary, self.paired_rotary
-        shared = dict(x0=x, scale=self.scale, rotary=rotary, masks={})  # by all blocks
+        shared = dict(x0=x, scale=self.scale, rotary=self.rotary, masks={})  # by all blocks
         for long, paired in {(layer.long, layer.paired) for layer in self.plan}:
             places = docs.repeat_interleave(2, dim=1) if paired else docs
             mask = attention_mask(places, self.windows[not long], c)
@@ -922,14 +908,10 @@ class GPT(nn.Module):
         return logits
 
     def loss(self, x, targets):
-        """Mean cross-entropy; in training, predictions of later tokens are added by their
-        weights."""
-        weights = self.ahead if self.training else self.predictions[0, :1]
-        total, shifted = 0.0, [targets]
-        while len(shifted) < len(weights):  # what lies beyond the row is left out: -100
-            later = shifted[-1][:, 1:]
-            shifted.append(F.pad(later, (0, 1), value=-100))
-        ahead = torch.stack(shifted, dim=-1)
+        """Mean cross-entropy; in training, those of later tokens are added by their weights."""
+        weights = self.ahead if self.training else self.ahead[:1]
+        beyond = F.pad(targets, (0, len(weights) - 1), value=-100)  # the row: left out
+        ahead, total = beyond.unfold(1, len(weights), 1), 0.0  # [B, T, predictions]
         for part, goals in zip(x.split(16384, 1), ahead.split(16384, 1), strict=True):
             logits = self.logits(part).flatten(0, 1)
             for weight, goal in zip(weights, goals.flatten(0, 1).unbind(-1), strict=True):
@@ -937,18 +919,12 @@ class GPT(nn.Module):
         return total / targets.numel()
 
 
-def prediction_weights(c):
-    """Of the next three tokens at each update: [steps, 3]. The later two fade in the first and the
-    second third of the run (record of 22 December 2025)."""
-    thirds = 3 * torch.arange(c.steps) / (c.steps - c.extension)
-    second = torch.where(thirds < 1, 0.5, 0.5 * (2 - thirds).clamp(min=0))
-    third = 0.25 * (1 - thirds).clamp(min=0)
-    return torch.stack((torch.ones(c.steps), second, third), dim=1)
-
-
-def predictions_at(step, c):
-    """How many of them have a weight at update `step`."""
-    return max(1, 3 - 3 * step // (c.steps - c.extension)) if c.multi_token else 1
+def prediction_weights(step, c):
+    """Of the losses of the next one to three tokens at update `step`. The third fades in the first
+    third of the run, the second in the second (record of 22 December 2025)."""
+    thirds = 3 * step / (c.steps - c.extension)
+    weights = 1.0, 0.5 * min(1.0, 2 - thirds), 0.25 * (1 - thirds)
+    return [weight for weight in weights if weight > 0] if c.multi_token else [1.0]
 
 
 def flops_per_token(model):
@@ -959,9 +935,8 @@ def flops_per_token(model):
     weights = sum(p.numel() for linear in linears for p in linear.parameters())
     spans = 0
     for step in range(c.steps):
-        windows = at_step(c.window, step, c), at_step(c.short_window, step, c)
         for layer in model.plan:
-            window = windows[not layer.long] or windows[0] or c.seq_len
+            window = windows_at(step, c)[not layer.long] or c.seq_len
             spans += layer.attention * min(window, c.seq_len / 2)
     return 6 * weights + 12 * c.n_embd * spans / c.steps
 
@@ -995,24 +970,25 @@ class Optimizer:
     def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, run: "Run"):
         self.named, self.lr, self.config, self.runtime = named, lr, run.config, run.runtime
         self.method, self.row_scale, self.scale = Method(run.config), 1.0, 1.0
+        self.betas = run.config.beta1, run.config.beta2
         self.state: dict[str, Tensor] = {}  # {name: [own rows, ...]}
         self.steps, self.work = 0, None
         self.shards = run.runtime.world_size if self.sharded else 1
-        parts = {name: p.detach().reshape(-1, *row_shape) for name, p in named.items()}
-        self.sizes = [len(part) for part in parts.values()]
+        parts = [p.detach().reshape(-1, *row_shape) for p in named.values()]
+        self.sizes = [len(part) for part in parts]
         self.share = -(-sum(self.sizes) // self.shards)
-        self.index = run.runtime.rank if self.shards > 1 else 0
+        first = self.share * run.runtime.rank if self.sharded else 0
+        self.mine = slice(first, first + self.share)
         self.weights = self.stack(parts)
         self.grads = torch.zeros_like(self.weights)
-        self.mine = slice(self.index * self.share, (self.index + 1) * self.share)
         views = named.values(), self.parts(self.weights), self.parts(self.grads)
         for p, weight, grad in zip(*views, strict=True):
             p.data, p.grad = weight.view_as(p), grad.view_as(p)
 
-    def stack(self, named):
-        """Per-parameter tensors [its rows, ...] to all rows, on the device; padding rows are
-        zero."""
-        rows = torch.cat([named[name] for name in self.named])
+    def stack(self, parts):
+        """Tensors [its rows, ...] of all parameters to rows of all ranks, on the device; padding
+        rows are zero."""
+        rows = torch.cat(parts)
         padding = rows.new_zeros(self.share * self.shards - len(rows), *rows.shape[1:])
         return torch.cat((rows, padding)).to(self.runtime.device)
 
@@ -1057,28 +1033,22 @@ class Optimizer:
         return self.state[name]
 
     def gather_state(self):
-        """{rule and parameter: {"steps": n, state name: its rows}}, whole, on every rank's CPU."""
-        whole = {param: {"steps": self.steps} for param in self.named}
+        """Of all ranks, on every rank's CPU: the same for any number of ranks."""
+        whole = {"parameters": list(self.named), "steps": self.steps}
         for name, own in self.state.items():
             rows = torch.cat([own] * self.shards)
             if self.shards > 1:
                 all_gather(rows, own.contiguous())
-            for param, part in zip(self.named, self.parts(rows), strict=True):
-                whole[param][name] = part.cpu().clone()
-        return {f"{type(self).__name__} {param}": values for param, values in whole.items()}
+            whole[name] = rows[: sum(self.sizes)].cpu()
+        return whole
 
     def load_state(self, whole):
-        """Inverse of gather_state, for any number of ranks. Errors: KeyError for what is not
-        there."""
-        mine = {param: whole[f"{type(self).__name__} {param}"] for param in self.named}
-        first = next(iter(mine.values()))
-        self.steps = int(first["steps"])
-        refuse(self.steps < 0, "updates below zero")
-        for name in sorted(first.keys() - {"steps"}):
-            parts = {param: values[name] for param, values in mine.items()}
-            refuse([len(part) for part in parts.values()] != self.sizes, "rows are missing")
-            rows = self.stack(parts)
-            self.state[name] = rows[self.mine].clone()
+        """Inverse of gather_state. Errors: UserError where the parameters are others."""
+        state = dict(whole)
+        refuse(state.pop("parameters") != list(self.named), "it trained other parameters")
+        self.steps = state.pop("steps")
+        for name, rows in state.items():
+            self.state[name] = self.stack([rows])[self.mine].clone()
 
 
 def adam_update(g, m, v, beta1, beta2, eps, bias1, bias2):
@@ -1090,11 +1060,8 @@ def adam_update(g, m, v, beta1, beta2, eps, bias1, bias2):
 
 
 class Adam(Optimizer):
-    betas = None  # c.beta1 and c.beta2
-
     def update(self, g):
-        c = self.config
-        beta1, beta2 = self.betas or (c.beta1, c.beta2)
+        c, (beta1, beta2) = self.config, self.betas
         m, v = self.moment("exp_avg", g), self.moment("exp_avg_sq", g)
         bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (beta1, beta2))
         eps = c.adam_eps / bias2.sqrt() if c.adam_table else torch.tensor(c.adam_eps)
@@ -1164,16 +1131,18 @@ class Muon(Optimizer):
 MATRIX_RULES = {"muon": Muon, "adam": Adam}
 
 
-# Of each group, by the record of 19 January 2026: betas, factor on decay_adam
-ADAM_TABLE = {
-    "wte": (0.5, 0.95, 150),
-    "lm_head": (0.5, 0.95, 150),
-    "tables": (0.75, 0.95, 5),
-    "scalars": (0.9, 0.99, 0),
-    "x0_lambda": (0.65, 0.95, 0),
-    "gates": (0.9, 0.99, 1),
-    "smear_gate": (0.9, 0.99, 0),
-    "skip_gate": (0.9, 0.99, 0),
+# Of each group: the flag of its rate, a factor on that; with --adam_table, by the record of 19
+# January 2026, also beta1, beta2 and the factor on decay_adam
+GROUPS = {
+    "ngrams": ("lr_ngram", 1),
+    "wte": ("lr_embed", 1, 0.5, 0.95, 150),
+    "lm_head": ("lr_head", 1, 0.5, 0.95, 150),
+    "tables": ("lr_table", 1, 0.75, 0.95, 5),
+    "scalars": ("lr_scalar", 1, 0.9, 0.99, 0),
+    "x0_lambda": ("lr_scalar", 1, 0.65, 0.95, 0),
+    "gates": ("lr_gate", 1, 0.9, 0.99, 1),
+    "smear_gate": ("lr_gate", 0.01, 0.9, 0.99, 0),
+    "skip_gate": ("lr_gate", 0.05, 0.9, 0.99, 0),
 }
 
 
@@ -1198,25 +1167,21 @@ def make_optimizers(run):
     """Every parameter in exactly one optimizer; the hidden matrices in stacks of one shape. Errors:
     KeyError for a parameter that belongs to no group."""
     c, matrices, groups, optimizers = run.config, {}, {}, []
-    rates = dict(wte=c.lr_embed, lm_head=c.lr_head, scalars=c.lr_scalar, x0_lambda=c.lr_scalar)
-    rates |= dict(ngrams=c.lr_ngram, tables=c.lr_table, gates=c.lr_gate)
-    rates |= dict(smear_gate=0.01 * c.lr_gate, skip_gate=0.05 * c.lr_gate)
     for name, p in run.model.named_parameters():
-        if is_matrix(name, p):
-            matrices[name] = p
-        else:
-            groups.setdefault(group_of(name, p), {})[name] = p
+        group = matrices if is_matrix(name, p) else groups.setdefault(group_of(name, p), {})
+        group[name] = p
     for group, named in groups.items():
-        if group not in rates:
-            raise KeyError(f"no optimizer trains {', '.join(named)}: give {group} a rate here")
+        if group not in GROUPS:
+            raise KeyError(f"no optimizer trains {', '.join(named)}: give {group} a row of GROUPS")
+        flag, factor, *table = GROUPS[group]
         rule = Adagrad if group == "ngrams" else Adam
-        optimizer = rule(named, rates[group], (), run)
+        optimizer = rule(named, factor * getattr(c, flag), (), run)
         optimizer.every = c.adam_every
-        if c.adam_table and rule is Adam:
-            *optimizer.betas, factor = ADAM_TABLE[group]
-            optimizer.decay = factor * c.decay_adam
+        if c.adam_table and table:
+            *optimizer.betas, decay = table
+            optimizer.decay = decay * c.decay_adam
         optimizers.append(optimizer)
-    rule = c.galore_inner if c.galore else c.matrix_optimizer
+    rule = c.low_rank_optimizer if c.galore else c.matrix_optimizer
     return optimizers + stack_matrices(matrices, rule, run)
 
 
@@ -1225,16 +1190,15 @@ def stack_matrices(matrices, rule, run):
     all shapes act alike; a matrix's attribute lr_mult, if any, is a factor on its rate."""
     c, stacks, scales, optimizers = run.config, {}, {}, []
     for name, p in matrices.items():
-        linear = run.model.get_submodule(name.rpartition(".")[0])
-        n_out, n_in = (linear.n_out, linear.n_in) if p is linear.weight else p.shape
+        n_out, n_in = reversed(p.shape) if getattr(p, "transposed", False) else p.shape
         scale = max(1.0, n_out / n_in) ** 0.5 if rule == "muon" else 1.0
         scales[name] = torch.full((1, 1, 1), scale * getattr(p, "lr_mult", 1.0))
         stacks.setdefault((name if c.galore_per_layer else "", *p.shape), {})[name] = p
     method = next((method for method in run.methods if method.transforms), Method(c))
     for (_, *shape), named in stacks.items():
         optimizer = method.optimizers[rule](named, getattr(c, f"lr_{rule}"), shape, run)
-        optimizer.method, optimizer.row_scale = method, optimizer.stack(scales)[optimizer.mine]
-        optimizer.decay = c.decay_muon
+        optimizer.method, optimizer.decay = method, c.decay_muon
+        optimizer.row_scale = optimizer.stack([scales[name] for name in named])[optimizer.mine]
         optimizers.append(optimizer)
     return optimizers
 
@@ -1245,20 +1209,27 @@ def at_step(values: tuple, step: int, c: Config):
     an extension, the last of several is for that."""
     steps = c.steps - c.extension
     if c.extension and len(values) > 1:
+        *values, last = values
         if step >= steps:
-            return values[-1]
-        values = values[:-1]
+            return last
     return values[min(step, steps - 1) * len(values) // steps]
 
 
+def windows_at(step, c):
+    """(Long, short) window at update `step`; c.steps: of the last validation; 0: no limit."""
+    long = at_step(c.window, step, c)
+    if step == c.steps:
+        long = c.final_window or long
+    return long, at_step(c.short_window, step, c) or long
+
+
 def lr_at(step: int, c: Config):
-    """Factor on all rates for update `step`, 0-based: linear warm-up, stages (which a rate joins
-    one update late, as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
+    """Factor on all rates for update `step`, 0-based: stages (which a rate joins one update late,
+    as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
     steps = c.steps - c.extension
     left = min(1.0, max(0, steps - step) / max(1, c.cooldown * steps))
     stage = at_step(c.lr_factor, max(0, step - 1), c)
     factor = left * stage + (1 - left) * c.lr_floor
-    factor *= min(1.0, (step + 1) / max(1, c.warmup))
     since_wrap = step - c.relora_warm_start
     if c.relora and since_wrap >= 0:  # from near zero back to the same curve
         since_merge = since_wrap % c.relora_interval + 1
@@ -1269,9 +1240,8 @@ def lr_at(step: int, c: Config):
 def momentum_at(step: int, c: Config):
     """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024), and down
     again."""
-    share = min(
-        1.0, step / max(1, c.momentum_warmup), (c.steps - step) / max(1, c.momentum_cooldown)
-    )
+    up, down = step / max(1, c.momentum_warmup), (c.steps - step) / max(1, c.momentum_cooldown)
+    share = min(1.0, up, down)
     return (1 - share) * min(0.85, c.momentum) + share * c.momentum
 
 
@@ -1286,10 +1256,9 @@ def forms(c):
     validation."""
     first = {}
     for step in range(c.steps):
-        lists = (c.batch_tokens, c.window, c.short_window)
-        form = [at_step(values, step, c) for values in lists]
+        form = at_step(c.batch_tokens, step, c), len(prediction_weights(step, c))
         wrapped = c.relora and step >= c.relora_warm_start
-        first.setdefault((*form, predictions_at(step, c), wrapped), step)
+        first.setdefault((*form, wrapped), step)
     return [*first.values(), c.steps]
 
 
@@ -1405,13 +1374,10 @@ class Run:
 
     def state(self):
         """All of it, on the CPU, by name, the same for any number of ranks. A collective."""
-        optimizers = {}
-        for optimizer in self.optimizers:
-            optimizers |= optimizer.gather_state()
         return {
             "step": self.step,
             "model": {name: t.cpu() for name, t in self.model.state_dict().items()},
-            "optimizers": optimizers,
+            "optimizers": [optimizer.gather_state() for optimizer in self.optimizers],
             "methods": [method.state_dict() for method in self.methods],
             "rng": torch.get_rng_state(),
         }
@@ -1423,8 +1389,8 @@ class Run:
             method.resume(self.step, self)
             method.load_state_dict(values)
         self.model.load_state_dict(state["model"])
-        for optimizer in self.optimizers:
-            optimizer.load_state(state["optimizers"])
+        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state(values)
         torch.set_rng_state(state["rng"])
 
 
@@ -1447,7 +1413,7 @@ def save_checkpoint(run):
     )
     if run.runtime.rank == 0:
         torch.save(state, file)
-        data, aside = file.getvalue(), path.with_suffix(".tmp")
+        data, aside = file.getvalue(), path.with_name("being_written.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(aside, "wb") as disk:
@@ -1460,8 +1426,6 @@ def save_checkpoint(run):
             log.line(f"checkpoint: {path}")
         except OSError as error:
             log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
-            with contextlib.suppress(OSError):
-                aside.unlink()
     run.runtime.exchange(None)  # the others wait here
 
 
@@ -1490,19 +1454,15 @@ def find_checkpoint(wanted, folder):
     raise UserError(f"no checkpoint in {folder} can be read: train with --checkpoint_every N first")
 
 
-def find_resumption(c, runtime, data):
+def find_resumption(c, data):
     """(path, state) that --resume names. Errors: UserError when it is of another run, and
     --resume_anyway was not given."""
     path, state = find_checkpoint(c.resume, c.checkpoint_dir)
-    before, now = state["identity"], identity(c, data)
-    state["changed"] = [name for name in now if before.get(name) != now[name]]
-    refuse(
-        state["changed"] and not c.resume_anyway,
-        f"{path} is of a run with other {state['changed']}: give that run's, or --resume_anyway",
-    )
-    steps = runtime.exchange(state["step"])
-    refuse(len(set(steps)) > 1, f"ranks found different steps, {steps}: share --checkpoint_dir")
-    refuse(steps[0] > c.steps, f"{path}: step {steps[0]} is after the end of this run")
+    now = identity(c, data).items()
+    state["changed"] = [name for name, value in now if state["identity"].get(name) != value]
+    line = f"{path} is of a run with other {state['changed']}: give that run's, or --resume_anyway"
+    refuse(state["changed"] and not c.resume_anyway, line)
+    refuse(state["step"] > c.steps, f"{path} stands after the end of this run")
     return path, state
 
 
@@ -1564,7 +1524,7 @@ def load_model(path, device="cpu") -> GPT:
     """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
     state = read_checkpoint(path)
     with blame(f"{path} does not fit this train_gpt.py"):
-        c = Config(**state["config"] | dict(attention="sdpa", compile=False))
+        c = Config(**state["config"] | dict(compile=False))
         run = build(c, Runtime(torch.device(device)))
         run.load_state(state)
         run.model.set_stage(run.step)
@@ -1588,21 +1548,21 @@ def tokenizer(vocab_size):
 @torch.no_grad()
 def generate(c):
     """Print c.generate and what the model of a checkpoint makes of it, as it comes."""
-    device, out = init_runtime(c).device, sys.stdout.buffer
-    path, state = find_checkpoint(c.checkpoint, c.checkpoint_dir)
-    seq_len, mark = state["config"]["seq_len"], state["config"]["vocab_size"] - 1
-    model, (encode, decode) = load_model(path, device), tokenizer(mark + 1)
+    device = init_runtime(c).device
+    model = load_model(find_checkpoint(c.checkpoint, c.checkpoint_dir)[0], device)
+    seq_len, mark = model.config.seq_len, model.config.vocab_size - 1
+    encode, decode = tokenizer(mark + 1)
     tokens, generator = [mark, *encode(c.generate)], seeded(c.seed, "generate")
-    out.write(c.generate.encode())
+    print(c.generate, end="", flush=True)
     for _ in range(c.generate_tokens):
         context = torch.tensor([tokens[-seq_len:]], device=device)
-        logits = model(context)[0, -1, : mark + 1]
-        odds = torch.softmax(logits.cpu() / max(c.temperature, 1e-6), 0)
+        logits = model(context)[0, -1, : mark + 1].cpu()
+        odds = torch.softmax(logits / max(c.temperature, 1e-6), 0)
         tokens.append(int(torch.multinomial(odds, 1, generator=generator)))
         if tokens[-1] == mark:
             break
-        out.write(decode(tokens[-1:]))
-        out.flush()
+        sys.stdout.buffer.write(decode(tokens[-1:]))
+        sys.stdout.buffer.flush()
     print()
 
 
@@ -1711,10 +1671,11 @@ def fit_micro_batch(run, rows):
 def send_loss(run, loss, stopping):
     """Sum over ranks the loss and how many were asked to stop, and start to copy both to the
     host."""
-    sums = run.runtime.sum(torch.stack((loss, torch.full_like(loss, stopping))))
-    host = torch.empty(2, pin_memory=run.runtime.cuda).copy_(sums, non_blocking=True)
-    event = torch.cuda.current_stream().record_event() if run.runtime.cuda else None
-    run.unread.append((run.step, host, event))
+    sums, cuda = run.runtime.sum(torch.stack((loss, loss.new_tensor(stopping)))), run.runtime.cuda
+    host = torch.empty(2, pin_memory=cuda).copy_(sums, non_blocking=True)
+    run.unread.append(
+        (run.step, host, torch.cuda.current_stream().record_event() if cuda else None)
+    )
 
 
 def read_losses(run, late=0):
@@ -1726,15 +1687,15 @@ def read_losses(run, late=0):
         if event:
             event.synchronize()
         loss, stopping = host.tolist()
-        check_loss(run, step, "train", loss)
+        log_loss(run, step, "train", loss)
         if stopping:
             late = 0  # the log that goes into the checkpoint is whole
     if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
 
 
-def check_loss(run, step, kind, loss):
-    """Log it. Errors: UserError when it is not finite."""
+def log_loss(run, step, kind, loss):
+    """Errors: UserError when it is not finite."""
     run.log.loss(step, run.config.steps, kind, loss, run.clock.ms)
     lost = not math.isfinite(loss)
     refuse(lost, f"the {kind} loss became {loss} at step {step}: lower the learning rates")
@@ -1742,7 +1703,7 @@ def check_loss(run, step, kind, loss):
 
 def training_loop(run, batches, val, stop):
     """From run.step to the end. Returns the last validation loss."""
-    c, clock, first, begun = run.config, run.clock, run.step, run.clock.ms
+    c, clock = run.config, run.clock
     clock.switch(on=True)
     while True:
         last = run.step == c.steps
@@ -1751,7 +1712,7 @@ def training_loop(run, batches, val, stop):
             read_losses(run)
             with clock.paused():
                 val_loss = evaluate(run, val)
-            check_loss(run, run.step, "val", val_loss)
+            log_loss(run, run.step, "val", val_loss)
         if last:
             clock.switch(on=False)
             return val_loss
@@ -1763,7 +1724,7 @@ def training_loop(run, batches, val, stop):
             method.after_step(run.step, run)
         send_loss(run, loss, bool(stop))
         read_losses(run, late=int(run.runtime.cuda))
-        pace = (clock.ms - begun) / (run.step - first)
+        pace = clock.ms / run.step
         left = f"{pace * (c.steps - run.step) / 1000:.0f} s left"
         run.log.progress(f"step {run.step}/{c.steps}  {pace:.0f} ms per step  {left}")
         if c.checkpoint_every and (run.step % c.checkpoint_every == 0 or run.step == c.steps):
@@ -1796,9 +1757,9 @@ def result_of(run, val_loss, warmup_ms):
     )
 
 
-def open_data(c, runtime):
+def open_data(c):
     """(Batches, validation Shards, hashes). Errors: UserError where validation tokens are too few
-    or trained on, or where ranks differ."""
+    or trained on."""
     shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
     val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
     batches, data = Batches(shards, c), shards.hashes() | val.hashes()
@@ -1806,16 +1767,21 @@ def open_data(c, runtime):
     trained, validated = (set(map(os.path.realpath, s.paths)) for s in (shards, val))
     shared = trained & validated
     refuse(shared, f"--val_files and --train_files share {shared}: validate on other tokens")
-    everyone = runtime.exchange(identity(c, data))
-    odd = [rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]]
-    refuse(odd, f"ranks {odd} have other flags, data or source than rank 0")
     return batches, val, data
+
+
+def agree(runtime, facts):
+    """Errors: UserError with the names of facts that are not the same on all ranks."""
+    everyone = runtime.exchange(facts)
+    odd = {name for theirs in everyone for name in facts if theirs[name] != everyone[0][name]}
+    refuse(odd, f"ranks differ in {odd}: give all of them the same files and flags")
 
 
 def train(c, runtime, argv):
     """A whole run, from the shards to the result line."""
-    batches, val, data = open_data(c, runtime)
-    resumption = find_resumption(c, runtime, data) if c.resume else None
+    batches, val, data = open_data(c)
+    path, state = find_resumption(c, data) if c.resume else ("", {})
+    agree(runtime, identity(c, data) | {"the step of --resume": state.get("step")})
     log, begun = Log(c, runtime, argv, data), time.perf_counter()
     micro = warm_up(c, runtime)
     if runtime.cuda:
@@ -1825,12 +1791,11 @@ def train(c, runtime, argv):
     run = build(c, runtime)
     run.optimizers = make_optimizers(run)
     run.micro, run.clock, run.log, run.data = micro, Clock(runtime.device), log, data
-    size = sum(p.numel() for p in run.model.parameters())
-    batch = ", then ".join(f"{tokens:,}" for tokens in dict.fromkeys(c.batch_tokens))
-    log.line(f"{c.preset}: {size:,} parameters, {c.steps} steps of {batch} tokens", echo=True)
+    size, tokens = sum(p.numel() for p in run.model.parameters()), batches.first[-1] * c.seq_len
+    log.line(f"{c.preset}: {size:,} parameters, {tokens:,} tokens, {c.steps} steps", echo=True)
     log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
-    if resumption:
-        resume(run, *resumption)
+    if state:
+        resume(run, path, state)
     stop = []  # numbers of the signals that asked this process to end
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -1973,7 +1938,7 @@ class ReLoRA(Method):
         run.optimizers = [
             o for o in run.optimizers if o.weights.ndim != 3
         ]  # the frozen matrices' go
-        run.optimizers += stack_matrices(matrices, c.relora_optimizer, run)
+        run.optimizers += stack_matrices(matrices, c.low_rank_optimizer, run)
 
     @torch.no_grad()
     def after_step(self, step, run):
@@ -2139,7 +2104,8 @@ class SuPar(Method):
 
     def lift(self, optimizer, u):
         if "mask" not in optimizer.state:
-            optimizer.state["mask"] = optimizer.stack(self.masks)[optimizer.mine]
+            masks = optimizer.stack([self.masks[name] for name in optimizer.named])
+            optimizer.state["mask"] = masks[optimizer.mine]
         return u * optimizer.state["mask"]
 
 
