@@ -108,6 +108,7 @@ class Config:
     residual_scale: float = 1.0  # first factor on every block's input (11/2025)
     untie_head: bool = True  # lm_head has weights of its own
     tied_share: float = 0.0  # ... but is one with wte for this share of the run (12/2025)
+    zero_init: bool = True  # lm_head, o and down start at zero
     init_qkv: float = 1.0  # factor on the first values of q, k and v, U(±1/√in)
     init_up: float = 1.0  # ... and of the MLP's up
     ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
@@ -158,6 +159,7 @@ class Config:
     decay_adam: float = 0.0  # ... with adam_table's factors (12/2025)
     sum_loss: bool = False  # gradients of the sum over tokens / 8: they grow with the batch
     lr_factor: tuple = (1.0,)  # on all rates
+    warmup: int = 0  # updates of linear learning-rate warm-up
     cooldown: float = 926 / 3242  # share of the run, at its end, in which the rates fall
     lr_floor: float = 0.0  # ... to this share of the unfactored rates
     # methods
@@ -218,8 +220,9 @@ def check_config(c):
         uneven = tokens == 0 or tokens % c.seq_len
         refuse(uneven, f"--batch_tokens {tokens}: must be a multiple of --seq_len {c.seq_len}")
     refuse(c.val_tokens % c.val_len, f"--val_tokens must be a multiple of {c.val_len}, its row")
-    longest = max(c.extension + 1, c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval)
-    refuse(longest > c.steps, f"--steps {c.steps} end before an interval of {longest}")
+    intervals = c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval
+    longest = max(c.warmup, c.extension + 1, *intervals)
+    refuse(longest > c.steps, f"--steps {c.steps} end before a warm-up or extension of {longest}")
     refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
     refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
     refuse(c.paired_heads and c.n_head % 2, "--paired_heads needs an even --n_head")
@@ -593,6 +596,10 @@ def layer_plan(c: Config) -> list[Layer]:
     return plan
 
 
+def use_flex(docs, c):
+    return docs.is_cuda and c.compile  # it has no eager form worth having
+
+
 def attention_mask(docs, window, c):
     """The one attention rule, for document numbers [B, T]: causal; back by `window` tokens; with
     doc_mask within a document. Returns what the backend wants: None (plain causal), a BlockMask, or
@@ -606,7 +613,7 @@ def attention_mask(docs, window, c):
         near = (q >= k) & (q - k <= window)
         return near & (docs[b, q] == docs[b, k]) if c.doc_mask else near
 
-    if docs.is_cuda and c.compile:
+    if use_flex(docs, c):
         return create_block_mask(allowed, rows, None, T, T, device=docs.device)
     b = torch.arange(rows, device=docs.device).view(-1, 1, 1, 1)
     t = torch.arange(T, device=docs.device)
@@ -751,7 +758,7 @@ class CausalSelfAttention(nn.Module):
         self.q = Linear(c.n_embd, c.n_embd, c.init_qkv)
         self.k = Linear(c.n_embd, c.n_embd, c.init_qkv)
         self.v = Linear(c.n_embd, c.n_embd, c.init_qkv)
-        self.o = Linear(c.n_embd, c.n_embd, init=0.0)
+        self.o = Linear(c.n_embd, c.n_embd, 0.0 if c.zero_init else 1.0)
         self.value_lambda = scalar(0.5, c.value_residual)
         self.factors = scalar([0.5, 1.0], c.attention_factors)
         self.gate = Gate(c.n_head) if c.attention_gate else None
@@ -791,7 +798,7 @@ class MLP(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.up = Linear(c.n_embd, 4 * c.n_embd, c.init_up)
-        self.down = Linear(4 * c.n_embd, c.n_embd, init=0.0, transposed=True)
+        self.down = Linear(4 * c.n_embd, c.n_embd, 0.0 if c.zero_init else 1.0, transposed=True)
         self.down.weight.lr_mult = c.lr_down
 
     def forward(self, x):
@@ -841,7 +848,7 @@ class GPT(nn.Module):
         self.skip_lambda = scalar(-1.5, c.middle_skip)
         self.backout_lambda = scalar(0.5, c.backout)
         self.blocks = nn.ModuleList(Block(c, layer) for layer in self.plan)
-        self.lm_head = Linear(c.n_embd, c.padded_vocab, init=0.0)
+        self.lm_head = Linear(c.n_embd, c.padded_vocab, 0.0 if c.zero_init else 1.0)
         with torch.no_grad():
             for name, module in self.named_modules():
                 if hasattr(module, "init"):
@@ -969,6 +976,7 @@ class Optimizer:
 
     def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, run: "Run"):
         self.named, self.lr, self.config, self.runtime = named, lr, run.config, run.runtime
+        self.name = f"{type(self).__name__} {next(iter(named))}"
         self.method, self.row_scale, self.scale = Method(run.config), 1.0, 1.0
         self.betas = run.config.beta1, run.config.beta2
         self.state: dict[str, Tensor] = {}  # {name: [own rows, ...]}
@@ -1043,11 +1051,12 @@ class Optimizer:
         return whole
 
     def load_state(self, whole):
-        """Inverse of gather_state. Errors: UserError where the parameters are others."""
+        """Inverse of gather_state. Errors: UserError where it is of other parameters."""
         state = dict(whole)
-        refuse(state.pop("parameters") != list(self.named), "it trained other parameters")
-        self.steps = state.pop("steps")
+        names, self.steps = state.pop("parameters"), state.pop("steps")
+        refuse(names != list(self.named) or self.steps < 0, "its moments are of other parameters")
         for name, rows in state.items():
+            refuse(len(rows) != sum(self.sizes), f"{name} has not one row per row of the weights")
             self.state[name] = self.stack([rows])[self.mine].clone()
 
 
@@ -1224,12 +1233,13 @@ def windows_at(step, c):
 
 
 def lr_at(step: int, c: Config):
-    """Factor on all rates for update `step`, 0-based: stages (which a rate joins one update late,
-    as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
+    """Factor on all rates for update `step`, 0-based: linear warm-up, stages (which a rate joins
+    one update late, as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
     steps = c.steps - c.extension
     left = min(1.0, max(0, steps - step) / max(1, c.cooldown * steps))
     stage = at_step(c.lr_factor, max(0, step - 1), c)
     factor = left * stage + (1 - left) * c.lr_floor
+    factor *= min(1.0, (step + 1) / max(1, c.warmup))
     since_wrap = step - c.relora_warm_start
     if c.relora and since_wrap >= 0:  # from near zero back to the same curve
         since_merge = since_wrap % c.relora_interval + 1
@@ -1377,7 +1387,7 @@ class Run:
         return {
             "step": self.step,
             "model": {name: t.cpu() for name, t in self.model.state_dict().items()},
-            "optimizers": [optimizer.gather_state() for optimizer in self.optimizers],
+            "optimizers": {o.name: o.gather_state() for o in self.optimizers},
             "methods": [method.state_dict() for method in self.methods],
             "rng": torch.get_rng_state(),
         }
@@ -1389,8 +1399,8 @@ class Run:
             method.resume(self.step, self)
             method.load_state_dict(values)
         self.model.load_state_dict(state["model"])
-        for optimizer, values in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state(values)
+        for optimizer in self.optimizers:
+            optimizer.load_state(state["optimizers"][optimizer.name])
         torch.set_rng_state(state["rng"])
 
 
@@ -1462,7 +1472,7 @@ def find_resumption(c, data):
     state["changed"] = [name for name, value in now if state["identity"].get(name) != value]
     line = f"{path} is of a run with other {state['changed']}: give that run's, or --resume_anyway"
     refuse(state["changed"] and not c.resume_anyway, line)
-    refuse(state["step"] > c.steps, f"{path} stands after the end of this run")
+    refuse(state["step"] > c.steps, f"{path}: step {state['step']} is after the end of this run")
     return path, state
 
 

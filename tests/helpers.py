@@ -49,9 +49,9 @@ TINY = dict(
 )
 EVERY_METHOD = {  # each in its forms, small enough for a tiny run
     "relora": dict(relora=4, relora_warm_start=3, relora_interval=4),
-    "relora, muon": dict(relora=4, relora_warm_start=6, relora_optimizer="muon", normuon=0.9),
+    "relora, muon": dict(relora=4, relora_warm_start=6, low_rank_optimizer="muon", normuon=0.9),
     "galore": dict(galore=8, galore_interval=5),
-    "galore, muon": dict(galore=8, galore_interval=5, galore_inner="muon"),
+    "galore, muon": dict(galore=8, galore_interval=5, low_rank_optimizer="muon"),
     "galore, 8 bit": dict(galore=8, galore_interval=5, galore_bits=8),
     "galore, per layer": dict(galore=8, galore_interval=5, galore_per_layer=True, galore_bits=8),
     "lawa": dict(lawa=3, lawa_interval=2),

@@ -20,14 +20,14 @@ FORMS = {
     "gpt2_small": "--preset gpt2_small",
 }
 OTHER_FORMS = {
-    "documents": f"--preset nov2024 --doc_mask {WINDOW} --attention flex",
+    "documents": f"--preset nov2024 --doc_mask {WINDOW} --window 99",
     "laptop": "--preset laptop",
     "nov2024": "--preset nov2024",
     "gpt2_medium": "--preset gpt2_medium",
     "gpt2_xl": "--preset gpt2_xl",
     "tied": "--preset nov2024 --no_untie_head",
-    "window, sdpa": f"--preset nov2024 {WINDOW} --attention sdpa",
-    "plain": "--preset nov2024 --no_value_residual --no_embed_residual --softcap 0 --no_qk_norm",
+    "window, sdpa": f"--preset nov2024 {WINDOW}",
+    "plain": "--preset nov2024 --no_value_residual --no_embed_residual --softcap 0",
 }
 FORMS |= {name: pytest.param(flags, marks=pytest.mark.slow) for name, flags in OTHER_FORMS.items()}
 

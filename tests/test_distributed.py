@@ -268,8 +268,8 @@ def test_whatever_happens_to_one_rank_all_end(data, tmp_path):
     outcomes = {name: ranks.wait(60) for name, ranks in runs.items()}
     for name, words in (
         ("nan", "loss became nan at step"),
-        ("data", "other flags, data or source"),
-        ("flags", "other flags, data or source"),
+        ("data", "ranks differ in {'the data'}"),
+        ("flags", "ranks differ in {'seed'}"),
     ):
         assert [outcome.code for outcome in outcomes[name]] == [2, 2], (name, outcomes[name])
         errors = [outcome.err for outcome in outcomes[name]]

@@ -13,7 +13,7 @@ import tokenize
 import pytest
 from helpers import ROOT
 
-BUDGET = 17_600  # of train_gpt.py, with the whole recipe of January 2026; the aim is 14,000
+BUDGET = 16_900  # of train_gpt.py, with the whole recipe of January 2026; the aim is 14,000
 MOST_PER_LINE, MEAN_PER_LINE = 30, 11
 NO_CODE = {"NL", "NEWLINE", "COMMENT", "INDENT", "DEDENT", "ENCODING", "ENDMARKER"}
 

@@ -109,7 +109,7 @@ def test_flex_and_sdpa_against_naive(dtype, length, window, doc_mask):
 
     wanted = with_gradients(lambda *x: naive(*x, tokens, window, doc_mask))
     for name in ("flex", "sdpa"):
-        chosen = dataclasses.replace(config, attention=name)
+        chosen = dataclasses.replace(config, compile=name == "flex")
 
         def backend(q, k, v, chosen=chosen):
             return attention(tokens, q, k, v, window, chosen)
@@ -122,7 +122,7 @@ def test_flex_and_sdpa_against_naive(dtype, length, window, doc_mask):
 
 def test_masks_of_one_compiled_function_follow_its_tokens():
     """The block mask is made of this call's documents, not of those seen at compilation."""
-    config = tiny(attention="flex", doc_mask=True)
+    config = tiny(compile=True, doc_mask=True)
     compiled = torch.compile(attention, dynamic=False)
     q, k, v = (torch.randn(2, 256, 2, 32, device=CUDA) for _ in range(3))
     for seed in range(3):

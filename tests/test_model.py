@@ -106,9 +106,7 @@ def plain_forward(model: GPT, tokens):
         heads = []
         for h in range(c.n_head):
             qh, kh, vh = (t[..., h * head_dim : (h + 1) * head_dim] for t in (q, k, v))
-            if c.qk_norm:
-                qh, kh = rms(qh), rms(kh)
-            q_and_k = naive_rotary(qh), naive_rotary(kh)
+            q_and_k = naive_rotary(rms(qh)), naive_rotary(rms(kh))
             heads.append(naive_attention(*q_and_k, vh, mask, c.attention_scale))
         x = x + torch.cat(heads, -1) @ w[f"{name}.attn.o.weight"].T
         hidden = (rms(x) @ w[f"{name}.mlp.up.weight"].T).relu().square()
@@ -125,7 +123,6 @@ SWITCHES = {
     "tied": dict(untie_head=False),
     "no softcap": dict(softcap=0.0),
     "softcap 5": dict(softcap=5.0),
-    "no qk_norm": dict(qk_norm=False),
     "no zero_init": dict(zero_init=False),
     "ngrams": dict(ngram=4, ngram_rows=50),
     "ngrams, documents": dict(ngram=3, ngram_rows=97, doc_mask=True),
@@ -136,10 +133,7 @@ SWITCHES = {
     "documents": dict(doc_mask=True),
     "documents, windows": dict(n_layer=4, doc_mask=True, window=4, short_window=2),
     "one head": dict(n_head=1),
-    "documents, windows, flex": dict(doc_mask=True, window=4, attention="flex"),
-    "plain": dict(
-        value_residual=False, embed_residual=False, untie_head=False, softcap=0.0, qk_norm=False
-    ),
+    "plain": dict(value_residual=False, embed_residual=False, untie_head=False, softcap=0.0),
 }
 
 
@@ -221,15 +215,17 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
 @pytest.mark.parametrize("window", [0, 1, 6, 31, 32, 100])
 @pytest.mark.parametrize("doc_mask", [False, True])
 @pytest.mark.filterwarnings(EAGER_FLEX)
-def test_backends_against_a_naive_mask(attention, window, doc_mask):
-    config, tokens = tiny(attention=attention, doc_mask=doc_mask), some_tokens()
+def test_backends_against_a_naive_mask(attention, window, doc_mask, monkeypatch):
+    config, tokens = tiny(window=window, doc_mask=doc_mask), some_tokens()
+    monkeypatch.setattr(train_gpt, "use_flex", lambda docs, c: attention == "flex")
     q, k, v = torch.randn(3, 2, T, 3, 16, generator=torch.Generator().manual_seed(1))
-    mask = attention_mask((tokens == EOT).cumsum(1), window, config)
-    y, by_rule = attend(q, k, v, mask, 0.25), naive_mask(tokens, window, doc_mask)
+    reach = torch.tensor(window or 2**30)
+    mask = attention_mask((tokens == EOT).cumsum(1), reach, config)
+    y, by_rule = attend(0.25 * q, k, v, mask), naive_mask(tokens, window, doc_mask)
     for head in range(3):
         expected = naive_attention(q[:, :, head], k[:, :, head], v[:, :, head], by_rule)
         torch.testing.assert_close(y[:, :, head], expected, atol=1e-5, rtol=0)
-    needed = doc_mask or window not in (0, 31, 32, 100)
+    needed = doc_mask or window > 0
     assert (mask is not None) == needed, "plain causal attention needs no mask"
     if needed:
         assert isinstance(mask, train_gpt.BlockMask) == (attention == "flex")
@@ -302,7 +298,7 @@ def test_windows_of_layers_and_stages():
     model = make(window=(4, 8, 0), final_window=20)  # 12 steps
     for step, window in ((0, 4), (3, 4), (4, 8), (8, 0), (11, 0), (12, 20)):
         model.set_stage(step)
-        assert model.windows == (window, window)
+        assert [reach.item() for reach in model.windows] == [window or 2**30] * 2
 
 
 # ---------------------------------------------------------------------------------- rotary, QK-norm
@@ -324,14 +320,13 @@ def test_rotary_keeps_norms_and_tells_relative_positions():
     assert scores[:, 0].std() > 0.1
 
 
-def test_with_qk_norm_the_size_of_queries_and_keys_does_not_matter():
-    for on in (True, False):
-        for matrix in ("q", "k"):
-            model = stir(make(qk_norm=on))
-            with torch.no_grad():
-                before = model(some_tokens())
-                getattr(model.blocks[0].attn, matrix).weight.mul_(10)
-                assert torch.allclose(model(some_tokens()), before, atol=1e-4) == on
+def test_the_size_of_queries_and_keys_does_not_matter():
+    for matrix in ("q", "k"):
+        model = stir(make())
+        with torch.no_grad():
+            before = model(some_tokens())
+            getattr(model.blocks[0].attn, matrix).weight.mul_(10)
+            torch.testing.assert_close(model(some_tokens()), before, atol=1e-4, rtol=0)
 
 
 # ---------------------------------------------------------------------- first values, groups, FLOPs
@@ -370,7 +365,7 @@ def test_a_parameter_without_a_group_is_named():
 def test_scales_of_the_first_values():
     model = make(zero_init=False, n_embd=128)
     assert model.wte.weight.std().item() == pytest.approx(1, rel=0.02)
-    assert make(untie_head=False).wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert make(untie_head=False).wte.weight.std().item() == pytest.approx(0.005, rel=0.05)
     fans = dict.fromkeys(["blocks.0.attn.q", "blocks.1.attn.o", "blocks.0.mlp.up", "lm_head"], 128)
     for name, fan_in in (fans | {"blocks.0.mlp.down": 512}).items():
         weight = model.get_parameter(f"{name}.weight")

@@ -37,7 +37,6 @@ TINY = dataclasses.replace(
     bf16=False,
     device="cpu",
     compile=False,
-    attention="sdpa",
 )
 PIECES = dict(
     value_embeds=False,
@@ -192,9 +191,8 @@ def test_schedules_of_record_62():
         assert train_gpt.lr_at(step, c) == pytest.approx(expected), step
     momenta = [train_gpt.momentum_at(step, c) for step in (0, 150, 300, 1550, 1575, 1599)]
     assert momenta == pytest.approx([0.85, 0.9, 0.95, 0.95, 0.9, 0.852])
-    assert [train_gpt.predictions_at(step, c) for step in (0, 519, 520, 1039, 1040, 1599)] == [
-        3, 3, 2, 2, 1, 1,
-    ]  # fmt: skip
+    ahead = {0: 3, 519: 3, 520: 2, 1039: 2, 1040: 1, 1599: 1}
+    assert {step: len(train_gpt.prediction_weights(step, c)) for step in ahead} == ahead
     assert train_gpt.tied_at(1041, c) and not train_gpt.tied_at(1043, c)
     parting = [step for step in range(1, c.steps, 2) if not train_gpt.tied_at(step, c)]
     assert parting[0] == 1043  # the last update of both as one is number 1041
@@ -243,9 +241,7 @@ def test_wte_and_lm_head_are_one_until_they_part():
     model = run.model
     train(run, range(10))
     assert torch.equal(model.wte.weight, model.lm_head.weight)
-    states = {}
-    for optimizer in run.optimizers:
-        states |= optimizer.gather_state()
+    states = {optimizer.name: optimizer.gather_state() for optimizer in run.optimizers}
     for name in ("exp_avg", "exp_avg_sq"):
         head, wte = states["Adam lm_head.weight"][name], states["Adam wte.weight"][name]
         assert torch.equal(head, wte) and head.abs().sum() > 0

@@ -310,8 +310,8 @@ def test_schedules_are_lists(tmp_path):
     [
         ("--window 384 896", dict(window=[384, 896])),
         ("--batch_tokens 1_024", dict(batch_tokens=[1024])),
-        ("--lr_muon=2e-2 --no_bf16 --qk_norm", dict(bf16=False, qk_norm=True)),
-        ("--relora_warm_start 0 --attention auto", dict(relora_warm_start=10, attention="sdpa")),
+        ("--lr_muon=2e-2 --no_bf16 --yarn", dict(bf16=False, yarn=True)),
+        ("--relora_warm_start 0 --device auto", dict(relora_warm_start=10, device="cpu")),
         ("--train_files a b/*.bin", dict(train_files="a b/*.bin")),
     ],
 )

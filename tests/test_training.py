@@ -169,7 +169,7 @@ def test_accumulated_gradients_are_those_of_the_batch():
         dict(doc_mask=True, window=8),
         dict(ngram=3, ngram_rows=99, normuon=0.9, lr_floor=0.1),
         dict(value_residual=False, embed_residual=False, untie_head=False, softcap=0.0),
-        dict(qk_norm=False, zero_init=False),
+        dict(zero_init=False),
         STAGES,
     ],
     ids=lambda changes: next(iter(changes)),
@@ -185,7 +185,7 @@ def test_schedules_are_lists(place):
     seen, update = [], train_gpt.update
 
     def watch(run):
-        seen.append((run.model.windows, {o.scale for o in run.optimizers}))
+        seen.append((run.model.stage[0], {o.scale for o in run.optimizers}))
         update(run)
 
     sizes, forward_backward = [], train_gpt.forward_backward
@@ -247,7 +247,7 @@ def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
     [
         dict(batch_tokens=(128, 256), relora=4, relora_warm_start=3, relora_interval=3, lawa=2),
         dict(batch_tokens=(128, 256, 512), window=(8, 12, 16, 20)),
-        dict(galore=4, galore_inner="muon", normuon=0.9, galore_interval=2, galore_bits=8),
+        dict(galore=4, low_rank_optimizer="muon", normuon=0.9, galore_interval=2, galore_bits=8),
     ],
     ids=["relora, lawa", "more forms than Dynamo's limit", "galore"],
 )

@@ -32,7 +32,7 @@ VOCAB = 32000
 
 
 def variants(rank: int) -> dict[str, dict]:
-    galore = dict(galore=rank, galore_inner="adam")
+    galore = dict(galore=rank, low_rank_optimizer="adam")
     return {
         "Muon": {},
         "Adam": dict(matrix_optimizer="adam"),
@@ -125,8 +125,8 @@ def live() -> list[dict]:
     torch.linalg.eigh, tg.newton_schulz = any_basis, lambda g, dtype: g
     try:
         names = variants(128) | {
-            "GaLore 64": dict(galore=64, galore_inner="adam"),
-            "GaLore 256": dict(galore=256, galore_inner="adam"),
+            "GaLore 64": dict(galore=64, low_rank_optimizer="adam"),
+            "GaLore 256": dict(galore=256, low_rank_optimizer="adam"),
         }
         for name, fields in names.items():
             rows.append(measure("gpt2_small", name, fields))

@@ -41,7 +41,7 @@ VARIANTS = {
     "no warm start: restarts + reset": RESTARTS | COLD,
     "no warm start: restarts + re-warm": RESTARTS | COLD,
     "no warm start: all three": RESTARTS | COLD,
-    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(relora_optimizer="muon"),
+    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(low_rank_optimizer="muon"),
 }
 # The parts that a variant leaves out
 KEEPS_MOMENTS = ("no warm start: restarts", "no warm start: restarts + re-warm")
