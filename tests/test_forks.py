@@ -131,7 +131,7 @@ def test_what_the_forks_promise(data, tmp_path):
 
 
 FORGOTTEN = [  # fork, its place that is left out, what the answer names
-    ("value_embeddings", 4, "no optimizer trains value_embeds.0.weight"),
+    ("value_embeddings", 2, "no optimizer trains value_embeds.0.weight"),
     ("value_embeddings", 1, "--lr_value"),
     ("lion", 1, "invalid choice: 'lion'"),
     ("lion", 2, "lion"),
