@@ -578,7 +578,7 @@ class Layer:
 def layer_plan(c: Config) -> list[Layer]:
     """What each layer does, by rules that give the record's numbers at 11 layers; 4 at least."""
     n, middle = c.n_layer, (c.n_layer + 1) // 2
-    tables = {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2} if c.value_embeds else {}
+    tables = {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2}
     plan = []
     for i in range(n):
         skips = c.middle_skip and i == middle
@@ -589,7 +589,7 @@ def layer_plan(c: Config) -> list[Layer]:
             long=long,
             paired=c.paired_heads and outer and not long and not skips,
             offset=c.key_offset and long,
-            table=None if skips else tables.get(i),
+            table=tables.get(i) if c.value_embeds and not skips else None,
             skip=middle // 2 if skips else None,
         )
         plan.append(layer)
@@ -743,7 +743,8 @@ def rotate(x, tables):
     many as there are angles for; halves, not neighbours."""
     cos, sin = tables[:, : x.size(1)].to(x.dtype)
     a, b, *rest = x.split(cos.size(-1), dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin, *rest), dim=-1)
+    turned = a * cos + b * sin, b * cos - a * sin
+    return torch.cat((*turned, *rest), dim=-1)
 
 
 def interleave(x):
@@ -1250,8 +1251,9 @@ def lr_at(step: int, c: Config):
 def momentum_at(step: int, c: Config):
     """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024), and down
     again."""
-    up, down = step / max(1, c.momentum_warmup), (c.steps - step) / max(1, c.momentum_cooldown)
-    share = min(1.0, up, down)
+    risen = step / max(1, c.momentum_warmup)
+    left = (c.steps - step) / max(1, c.momentum_cooldown)
+    share = min(1.0, risen, left)
     return (1 - share) * min(0.85, c.momentum) + share * c.momentum
 
 
@@ -1681,11 +1683,11 @@ def fit_micro_batch(run, rows):
 def send_loss(run, loss, stopping):
     """Sum over ranks the loss and how many were asked to stop, and start to copy both to the
     host."""
-    sums, cuda = run.runtime.sum(torch.stack((loss, loss.new_tensor(stopping)))), run.runtime.cuda
+    cuda = run.runtime.cuda
+    sums = run.runtime.sum(torch.stack((loss, loss.new_tensor(stopping))))
     host = torch.empty(2, pin_memory=cuda).copy_(sums, non_blocking=True)
-    run.unread.append(
-        (run.step, host, torch.cuda.current_stream().record_event() if cuda else None)
-    )
+    event = torch.cuda.current_stream().record_event() if cuda else None
+    run.unread.append((run.step, host, event))
 
 
 def read_losses(run, late=0):
@@ -1801,7 +1803,8 @@ def train(c, runtime, argv):
     run = build(c, runtime)
     run.optimizers = make_optimizers(run)
     run.micro, run.clock, run.log, run.data = micro, Clock(runtime.device), log, data
-    size, tokens = sum(p.numel() for p in run.model.parameters()), batches.first[-1] * c.seq_len
+    size = sum(p.numel() for p in run.model.parameters())
+    tokens = batches.first[-1] * c.seq_len
     log.line(f"{c.preset}: {size:,} parameters, {tokens:,} tokens, {c.steps} steps", echo=True)
     log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
     if state:
