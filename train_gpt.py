@@ -1684,7 +1684,7 @@ def send_loss(run, loss, stopping):
     """Sum over ranks the loss and how many were asked to stop, and start to copy both to the
     host."""
     cuda = run.runtime.cuda
-    sums = run.runtime.sum(torch.stack((loss, loss.new_tensor(stopping))))
+    sums = run.runtime.sum(torch.stack((loss, torch.full_like(loss, stopping))))
     host = torch.empty(2, pin_memory=cuda).copy_(sums, non_blocking=True)
     event = torch.cuda.current_stream().record_event() if cuda else None
     run.unread.append((run.step, host, event))
