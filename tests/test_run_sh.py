@@ -300,7 +300,7 @@ def test_test_command(checkout):
     for name in REQUIREMENTS:
         assert name in checkout.calls()[1]
     checkout.run("test", "-k", "muon")
-    assert checkout.calls() == [["pytest", str(checkout.venv), "-q", "-k", "muon"]]
+    assert checkout.calls() == [["pytest", str(checkout.venv), "-q", "-n", "auto", "-k", "muon"]]
     checkout.check_launched(prefix=checkout.venv)  # it has what training needs
 
 
