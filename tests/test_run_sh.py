@@ -30,7 +30,7 @@ def note(*words):
 def install(prefix, **versions):
     site = Path(prefix, "lib", "python%d.%d" % sys.version_info[:2], "site-packages")
     for name, version in versions.items():
-        info = site / f"{name}-{version}.dist-info"
+        info = site / f"{name.replace('-', '_')}-{version}.dist-info"
         info.mkdir(exist_ok=True)
         (info / "METADATA").write_text(f"Name: {name}\\nVersion: {version}\\n")
 """
@@ -110,7 +110,7 @@ class Checkout:
             shutil.rmtree(old)
         for name, version in (TRAINING | {"numpy": self.numpy} | versions).items():
             if version:
-                info = site / f"{name}-{version}.dist-info"
+                info = site / f"{name.replace('-', '_')}-{version}.dist-info"
                 info.mkdir()
                 info.joinpath("METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
 
