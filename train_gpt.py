@@ -985,7 +985,8 @@ class Optimizer:
         self.shards = run.runtime.world_size if self.sharded else 1
         parts = [p.detach().reshape(-1, *row_shape) for p in named.values()]
         self.sizes = [len(part) for part in parts]
-        self.share = -(-sum(self.sizes) // self.shards)
+        unit = 1 if row_shape else 16  # shards start aligned; of one element, compiling fails
+        self.share = -(-sum(self.sizes) // (self.shards * unit)) * unit
         first = self.share * run.runtime.rank if self.sharded else 0
         self.mine = slice(first, first + self.share)
         self.weights = self.stack(parts)

@@ -111,9 +111,9 @@ def test_the_result_line(plain):
     assert result["param_count"] == sum(p.numel() for p in model.parameters())
     names = dict(model.named_parameters()).items()
     matrices = sum(p.numel() for name, p in names if name.startswith("blocks.") and p.ndim == 2)
-    # Muon keeps one moment, Adam two
+    # Muon keeps one moment, Adam two, of wte, lm_head and scalars, each padded to a multiple of 16
     states = 4 * matrices + 8 * (result["param_count"] - matrices)
-    assert result["optimizer_state_bytes"] == states
+    assert 0 <= result["optimizer_state_bytes"] - states <= 8 * 3 * 15
     assert result["peak_memory_bytes"] > 1e7
     assert result["flops_per_token"] == train_gpt.flops_per_token(model)
 
