@@ -870,11 +870,11 @@ class GPT(nn.Module):
         self.windows = [torch.tensor(w or 2**30, device=device) for w in windows_at(step, c)]
         frequencies, scale = rotary_at(step, c)
         self.scale = torch.tensor(scale, device=device)
-        places = torch.arange(max(c.seq_len, c.val_len)).unsqueeze(1)
-        self.rotary = [rotary_tables(frequencies, places).to(device)]
+        places = torch.arange(max(c.seq_len, c.val_len), device=device).unsqueeze(1)
+        self.rotary = [rotary_tables(frequencies.to(device), places)]
         if c.paired_heads:
-            taking_turns = 2 * places + torch.arange(c.n_head) % 2
-            self.rotary.append(rotary_tables(frequencies, taking_turns).to(device))
+            taking_turns = 2 * places + torch.arange(c.n_head, device=device) % 2
+            self.rotary.append(rotary_tables(frequencies.to(device), taking_turns))
 
     def forward(self, tokens, targets=None):
         c = self.config
