@@ -85,8 +85,9 @@ def naive(q, k, v, tokens, window: int, doc_mask: bool):
 
 
 def attention(tokens, q, k, v, window, config):
-    mask = train_gpt.attention_mask((tokens == 256).cumsum(1), window, config)
-    return train_gpt.attend(q, k, v, mask, q.size(-1) ** -0.5)
+    reach = torch.tensor(window or 2**30, device=q.device)
+    mask = train_gpt.attention_mask((tokens == 256).cumsum(1), reach, config)
+    return train_gpt.attend(q * q.size(-1) ** -0.5, k, v, mask)
 
 
 SHAPES = [(256, 0, True), (256, 64, False), (200, 64, True), (1000, 100, True), (333, 0, False)]
