@@ -3,12 +3,15 @@
     python records/methods/middle_scale.py --train_files 'x_train_*.bin' --val_files 'x_val_*.bin'
 
 Any GPT-2 token shards will do (data/prepare.py makes them from text). One run after another, each
-of one thread and up to 5 GB, by the trainer as it is in this clone. What is finished in --logs is
-not run again. Writes middle_scale.csv, prints the tables; --report_only: from what is finished.
+of one thread and up to 5 GB, by the trainer as it is in this clone; what is finished in --logs is
+not run again. Sampled softmax is an edit of the trainer, sampled_softmax.patch, made in a copy.
+Writes middle_scale.csv, prints the tables; --report_only: from what is finished.
 """
 
 import argparse
 import itertools
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +25,12 @@ from records.tools import logs, runs, stats  # noqa: E402
 # to 1 / 64, updates and what is counted in updates to 1 / 16; contexts of gpt2_small to 1 / 2.
 SHARED = """--device cpu --no_compile --n_layer 4 --n_embd 192 --n_head 2 --seq_len 1024
     --val_seq_len 1024 --val_tokens 32768 --micro_batch 1""".split()
-RECIPES = {  # in the order of the runs
-    "gpt2_small": """--preset gpt2_small --steps 100 --extension 2
-        --batch_tokens 2048 4096 6144 6144 --momentum_warmup 19 --momentum_cooldown 3
-        --max_document 1024 --window 192 448 704 832 --short_window 64 192 320 384
-        --final_window 1280 --val_every 10""".split(),
+GPT2_SMALL = """--preset gpt2_small --max_document 1024 --window 192 448 704 832
+    --short_window 64 192 320 384 --final_window 1280""".split()
+ITS_LENGTH = """--steps 100 --extension 2 --batch_tokens 2048 4096 6144 6144 --val_every 10
+    --momentum_warmup 19 --momentum_cooldown 3""".split()
+RECIPES = {
+    "gpt2_small": [*GPT2_SMALL, *ITS_LENGTH],
     # the same tokens: so many updates of its own batch, its schedules fitted to that length
     "nov2024": """--preset nov2024 --steps 50 --batch_tokens 8192 --momentum_warmup 8
         --val_every 5""".split(),
@@ -36,6 +40,13 @@ RECIPES = {  # in the order of the runs
     # its own length
     "nov2024, whole": """--preset nov2024 --steps 203 --batch_tokens 8192 --momentum_warmup 31
         --val_every 29""".split(),
+    # the training loss over a tenth of the vocabulary, see sampled_softmax.patch
+    "sampled softmax": [*GPT2_SMALL, *ITS_LENGTH, "--sampled_softmax", "4096"],
+    # as many operations: twice the updates, twice the batches
+    "sampled softmax, 4 x tokens": """--steps 200 --extension 4 --val_every 20
+        --batch_tokens 4096 8192 12288 12288 --momentum_warmup 38 --momentum_cooldown 6
+        --sampled_softmax 4096""".split()
+    + GPT2_SMALL,
 }
 PLAN = [(name, seed) for seed in (0, 1, 2) for name in ("gpt2_small", "nov2024")]
 PLAN += [("nov2024, 100 updates", 0), ("nov2024, whole", 0)]
@@ -54,11 +65,25 @@ def finished(folder: Path) -> logs.Run | None:
     return None
 
 
+def trainer_of(name: str, logs_dir: Path) -> Path:
+    """train_gpt.py, or a patched copy."""
+    if not name.startswith("sampled"):
+        return ROOT / "train_gpt.py"
+    folder = logs_dir / "patched"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "train_gpt.py", folder)
+    patch = Path(__file__).with_name("sampled_softmax.patch")
+    alone = os.environ | dict(GIT_CEILING_DIRECTORIES=str(logs_dir.resolve()))  # not this clone
+    command = ["git", "apply", "-C1", "--recount", str(patch)]
+    subprocess.run(command, cwd=folder, env=alone, check=True)
+    return folder / "train_gpt.py"
+
+
 def train(name: str, seed: int, folder: Path, args):
     """One run of the trainer, alone."""
     files = ["--train_files", args.train_files, "--val_files", args.val_files]
     flags = [*RECIPES[name], *SHARED, *files, "--seed", str(seed), "--log_dir", str(folder)]
-    command = [sys.executable, str(ROOT / "train_gpt.py"), *flags]
+    command = [sys.executable, str(trainer_of(name, args.logs)), *flags]
     print(" ".join(command), flush=True)
     done = subprocess.run(command, env=runs.environment())
     if done.returncode:
