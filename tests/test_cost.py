@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 import train_gpt
 from records.tools import cost
@@ -34,3 +35,28 @@ def test_flags_and_mistakes(capsys):
     assert cost.main(["--utilisation", "2"]) == 2
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 2 and "no_such_flag" in said.err
+
+
+def test_bytes_are_those_of_a_run():
+    """A real run's tensors after its first update; of eight ranks each has an eighth of the
+    state."""
+    small = dict(n_layer=4, n_head=2, n_embd=64, vocab_size=320, bigram_rows=640, steps=20)
+    config = dataclasses.replace(train_gpt.PRESETS["gpt2_small"], **small, extension=0)
+    alone = train_gpt.Runtime(torch.device("cpu"))
+    run = train_gpt.build(train_gpt.resolve(config, alone.device), alone)
+    run.optimizers = train_gpt.make_optimizers(run)
+    for optimizer in run.optimizers:
+        optimizer.step()
+    weights = sum(p.nbytes for p in run.model.parameters())
+    state = sum(tensor.nbytes for o in run.optimizers for tensor in o.state.values())
+    assert cost.bytes_of(config, 1) == (weights, weights, state)
+    assert cost.bytes_of(config, 8)[2] == pytest.approx(state / 8, rel=0.05)
+
+
+def test_memory_of_the_main_preset():
+    """386.3M parameters of Adam (8 bytes of state), 75.5M of Muon (4 and NorMuon's rows)."""
+    _, gradients, state = cost.bytes_of(train_gpt.PRESETS["gpt2_small"], 1)
+    adam = 10 * 50304 * 768
+    muon = 10 * 4 * 768**2 + 11 * 8 * 768**2
+    assert state == pytest.approx(8 * adam + 4 * muon, rel=1e-3)
+    assert gradients == pytest.approx(2 * 8 * 50304 * 768 + 4 * (2 * 50304 * 768 + muon), rel=1e-3)

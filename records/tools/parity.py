@@ -5,7 +5,7 @@
     python -m records parity --replaced
 
 LOG is a public record's log, which begins with the script that wrote it, or that script itself, of
-github.com/KellerJordan/modded-nanogpt. Known scripts, and the preset that each is compared with:
+github.com/KellerJordan/modded-nanogpt. Known scripts, and our flags that each is compared with:
 
 {scripts}
 
@@ -57,7 +57,7 @@ MEASURES = ("logits", "loss", "gradient", "weight")
 
 def shrink(updates: int) -> int:
     """The length, here, of a phase of `updates` updates."""
-    return max(3, round(updates / 104))
+    return max(3, round(updates / 104)) if updates > 1 else updates
 
 
 # ---------------------------------------------------------------------------------- scripts we know
@@ -66,11 +66,11 @@ class Script:
     """A public script that this tool knows, and what of ours it is compared with."""
 
     name: str
-    preset: str
+    flags: tuple[str, ...]  # of ours, with which it is compared
     marks: tuple[str, ...]  # texts that this script has
     lacks: tuple[str, ...]  # and texts that later ones have, but not this one
     theirs: dict  # sizes of their model
-    ours: dict  # flags of ours that give the same sizes
+    ours: dict  # fields of our config that give the same sizes
     rows: int  # of the first batch; later ones grow as the preset's batch_tokens do
     row_length: int
     build: object  # (source, sizes) -> Peer
@@ -83,7 +83,7 @@ def build_2024(source: str, sizes: dict) -> Peer2024:
         args.warmdown_iters = shrink(args.warmdown_iters)
 
     warmup = re.search(r"min\(step/(\d+), 1\)", source)  # it stands in the training loop
-    return Peer2024(execute(source, sizes, settle), shrink(int(warmup[1])))
+    return Peer2024(execute(source, sizes, settle), shrink(int(warmup[1])) if warmup else 0)
 
 
 NAMES_2024 = {
@@ -114,7 +114,7 @@ BLOCK = 8  # tokens in a unit of the windows of 2026; 128 in the records
 LAYERS = 11
 LAMBDAS = ("smear_lambda", "backout_lambda", "skip_lambda")
 ATTENTION = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10)  # layers that attend
-TABLES = {62: {0: 1, 1: 2, 8: 0, 9: 1, 10: 2}, 80: {1: 0, 2: 1, 8: 2, 9: 3, 10: 4}}  # of values
+TABLES = {0: 1, 1: 2, 8: 0, 9: 1, 10: 2}  # of values: {layer: table}
 
 
 def build_2026(source: str, sizes: dict) -> Peer2026:
@@ -124,27 +124,12 @@ def build_2026(source: str, sizes: dict) -> Peer2026:
         args.num_iterations = args.num_scheduled_iterations + args.num_extension_iterations
         args.block_size = BLOCK
         args.bigram_vocab_size = args.bigram_vocab_size * VOCABULARY // 50304
-        args.bigram_dim, args.bigram_sign_table_rows = sizes["model_dim"], 64
 
     space = execute(source, sizes, settle)
     momentum = space["get_muon_momentum"]
     warmup, cooldown, *values = momentum.__defaults__
     momentum.__defaults__ = (shrink(warmup), shrink(cooldown), *values)
     return Peer2026(space, BLOCK)
-
-
-def shared_2026(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is the same in all scripts of 2026."""
-    found = {
-        "wte.weight": theirs["embed.weight"],
-        "lm_head.weight": theirs["lm_head.weight"].T,
-        "bigrams.weight": theirs["bigram_embed.weight"],
-        "smear_gate.weight": theirs["smear_gate.weight"],
-    }
-    for i in range(LAYERS):
-        found[f"blocks.{i}.mlp.up.weight"] = theirs["mlp_bank"][i, 0]
-        found[f"blocks.{i}.mlp.down.weight"] = theirs["mlp_bank"][i, 1]
-    return found
 
 
 def halves(weight: Tensor) -> Tensor:
@@ -155,9 +140,15 @@ def halves(weight: Tensor) -> Tensor:
     return torch.cat(parts, dim=1).flatten(0, 1)
 
 
-def weights_62(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    scalars, n, found = theirs["scalars"], LAYERS, shared_2026(theirs)
-    found["skip_gate.weight"] = theirs["skip_gate.weight"]
+def weights_2026(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    scalars, n = theirs["scalars"], LAYERS
+    found = {
+        "wte.weight": theirs["embed.weight"],
+        "lm_head.weight": theirs["lm_head.weight"].T,
+        "bigrams.weight": theirs["bigram_embed.weight"],
+        "smear_gate.weight": theirs["smear_gate.weight"],
+        "skip_gate.weight": theirs["skip_gate.weight"],
+    }
     for name, scalar in zip(LAMBDAS, scalars[4 * n :], strict=False):
         found[name] = scalar
     for bank, i in enumerate(ATTENTION):
@@ -168,47 +159,44 @@ def weights_62(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         found[f"blocks.{i}.attn.gate.weight"] = theirs["attn_gate_bank"][bank]
         found[f"blocks.{i}.attn.factors"] = scalars[n + 2 * i : n + 2 * i + 2]
     for i in range(n):
+        found[f"blocks.{i}.mlp.up.weight"] = theirs["mlp_bank"][i, 0]
+        found[f"blocks.{i}.mlp.down.weight"] = theirs["mlp_bank"][i, 1]
         found[f"blocks.{i}.x_lambda"] = scalars[i]
         found[f"blocks.{i}.x0_lambda"] = theirs["x0_lambdas"][i]
         found[f"blocks.{i}.bigram_lambda"] = scalars[3 * n + i]
-    for bank, (i, table) in enumerate(TABLES[62].items()):
+    for bank, (i, table) in enumerate(TABLES.items()):
         found[f"blocks.{i}.attn.value_gate.weight"] = theirs["ve_gate_bank"][bank]
         found[f"value_embeds.{table}.weight"] = theirs[f"value_embeds.{table}.weight"]
-    return found
-
-
-def weights_80(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    scalars, n, found = theirs["scalars"], LAYERS, shared_2026(theirs)
-    found["skip_gate.weight"] = theirs["skip_gate.weight"]
-    for name, scalar in zip(LAMBDAS, scalars[2 * n :], strict=False):
-        found[name] = scalar
-    width = theirs["vo_bank"].size(-1)
-    queries_keys = theirs["qk_bank"][: 6 * len(ATTENTION)].reshape(-1, 2, width, width)
-    for bank, i in enumerate(ATTENTION):
-        matrices = (*queries_keys[bank], *theirs["vo_bank"][2 * bank : 2 * bank + 2])
-        for name, matrix in zip("qkvo", matrices, strict=True):
-            found[f"blocks.{i}.attn.{name}.weight"] = matrix
-        found[f"blocks.{i}.attn.gate.weight"] = theirs["attn_gate_bank"][bank]
-        found[f"blocks.{i}.attn.lambdas"] = scalars[2 * i : 2 * i + 2]
-    for i in range(n):
-        found[f"blocks.{i}.resid_lambdas"] = theirs["resid_lambdas"][i]
-        found[f"blocks.{i}.post_lambdas"] = theirs["post_lambdas"][i]
-        factors = [theirs["x0_lambdas"][i], theirs["bigram_lambdas"][i]]
-        found[f"blocks.{i}.lambdas"] = torch.stack(factors)
-    tables = theirs["value_embeds"].chunk(5)
-    for bank, (i, table) in enumerate(TABLES[80].items()):
-        found[f"blocks.{i}.attn.value_gate.weight"] = theirs["ve_gate_bank"][bank]
-        found[f"value_embeds.{table}.weight"] = tables[table]
     return found
 
 
 SMALL_2024 = dict(vocab_size=VOCABULARY, n_layer=4, n_head=2, n_embd=64)
 SMALL_2026 = dict(model_dim=192, num_heads=6, head_dim=32, vocab_size=VOCABULARY, max_seq_len=1024)
 OURS_2026 = dict(vocab_size=VOCABULARY, n_layer=LAYERS, n_head=6, n_embd=192)
+NO_SHORTCUTS = "--no_value_residual --no_embed_residual --softcap 0 --momentum_warmup 1"
 SCRIPTS = (
     Script(
+        name="record 8, 3 November 2024",
+        flags=(
+            *("--preset", "nov2024", *NO_SHORTCUTS.split()),
+            *("--steps", "4578", "--cooldown", str(1308 / 4578)),
+        ),
+        marks=(
+            "self.lm_head.weight.data.zero_()",
+            "zeropower_backend",
+            "num_iterations : int = 4578",
+        ),
+        lacks=("self.lamb = ",),
+        theirs=SMALL_2024,
+        ours=SMALL_2024,
+        rows=8,
+        row_length=64,
+        build=build_2024,
+        weights=weights_2024,
+    ),
+    Script(
         name="record 10, 8 November 2024",
-        preset="nov2024",
+        flags=("--preset", "nov2024"),
         marks=("self.lamb = ", "self.lambdas = ", "logits = 30 *", "model.cuda().bfloat16()"),
         lacks=("skip_weights",),
         theirs=SMALL_2024,
@@ -220,7 +208,7 @@ SCRIPTS = (
     ),
     Script(
         name="record 62, 19 January 2026",
-        preset="gpt2_small",
+        flags=("--preset", "gpt2_small"),
         marks=("self.attn_bank = ", "def get_bigram_hash", "model_dim) for _ in range(3)"),
         lacks=("self.qk_bank = ",),
         theirs=SMALL_2026,
@@ -228,19 +216,7 @@ SCRIPTS = (
         rows=2,
         row_length=128,
         build=build_2026,
-        weights=weights_62,
-    ),
-    Script(
-        name="record 80, 8 April 2026",
-        preset="gpt2_small",
-        marks=("self.qk_bank = ", "self.bigram_lambdas = "),
-        lacks=("mudd", "xsa", "bigram_sign_table", "quantize"),
-        theirs=SMALL_2026,
-        ours=OURS_2026,
-        rows=2,
-        row_length=128,
-        build=build_2026,
-        weights=weights_80,
+        weights=weights_2026,
     ),
 )
 
@@ -290,7 +266,7 @@ class Ours:
         self.trainer = trainer = load_trainer()
         runtime = trainer.Runtime(torch.device("cpu"))
         try:
-            asked = trainer.parse_config(["--preset", script.preset, *given], script.preset)
+            asked = trainer.parse_config([*script.flags, *given], "nov2024")
             shrunk = dataclasses.replace(asked, **shrunk_fields(script, asked))
             self.config = trainer.resolve(shrunk, runtime.device)
             self.run = trainer.build(self.config, runtime)
@@ -354,7 +330,7 @@ def shrunk_fields(script: Script, c) -> dict:
     steps, cooldown = shrink(c.steps - c.extension), c.cooldown
     if not c.extension:  # the scripts of 2024 count the updates of their cool-down
         cooldown = shrink(round(c.cooldown * c.steps)) / steps
-    extension = shrink(c.extension) if c.extension else 0
+    extension = shrink(c.extension)
     batches = tuple(first * tokens // c.batch_tokens[0] for tokens in c.batch_tokens)
     return dict(
         script.ours,
@@ -362,7 +338,7 @@ def shrunk_fields(script: Script, c) -> dict:
         cooldown=cooldown,
         extension=extension,
         momentum_warmup=shrink(c.momentum_warmup),
-        momentum_cooldown=shrink(c.momentum_cooldown) if c.momentum_cooldown else 0,
+        momentum_cooldown=shrink(c.momentum_cooldown),
         batch_tokens=batches,
         window=tuple(window * BLOCK // 128 for window in c.window),
         short_window=tuple(window * BLOCK // 128 for window in c.short_window),
@@ -488,7 +464,7 @@ def compare(log: str, given: list[str], seed: int, tolerance: float) -> int:
     ours.copy(script.weights(peer.tensors()))
     compared = Comparison(script, peer, ours, seed)
     count = sum(tensor.numel() for tensor in ours.tensors().values())
-    flags = " ".join(["--preset", script.preset, *given])
+    flags = " ".join([*script.flags, *given])
     steps, dtype = ours.config.steps, str(torch.get_default_dtype()).removeprefix("torch.")
     emit(f"theirs  {script.name}: {log}\nours    train_gpt.py {flags}")
     emit(f"both    {count:,} parameters, {steps} updates, {dtype}\n")
@@ -509,7 +485,7 @@ def compare(log: str, given: list[str], seed: int, tolerance: float) -> int:
 
 @command("parity")
 def main(argv: list[str]) -> int:
-    listing = "\n".join(f"    {script.name}: --preset {script.preset}" for script in SCRIPTS)
+    listing = "\n".join(f"    {script.name}: {' '.join(script.flags)}" for script in SCRIPTS)
     usage = "python -m records parity LOG [OPTION ...] [-- FLAGS OF train_gpt.py]"
     parser = Parser("parity", __doc__.format(scripts=listing), usage=usage)
     parser.add_argument("log", metavar="LOG", nargs="?")

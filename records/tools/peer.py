@@ -22,9 +22,7 @@ from torch import Tensor
 
 from records.tools.command import BadInput
 
-GPUS = (
-    8  # of the records' machine: each has a row of every batch, and gradients are means over them
-)
+GPUS = 8  # of the records' machine: each has a row of every batch; gradients are means over them
 
 
 @dataclass(frozen=True)
@@ -51,56 +49,24 @@ def visible(ends: Tensor, length: int, window: int) -> Tensor:
     return (back >= 0) & (back <= window) & (document[:, None] == document[None, :])
 
 
-def scores(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Attention probabilities [H, T, T] of q and k [T, H, D]."""
-    products = torch.einsum("qhd,khd->hqk", q, k) * scale
-    return products.masked_fill(~seen, float("-inf")).softmax(-1)
-
-
 def attention(q, k, v, cu_seqlens_q, softmax_scale, window_size, causal=True, **sizes):
     """FlashAttention on packed documents: q, k, v [T, H, D] -> [T, H, D]."""
     assert causal and window_size[1] == 0
     seen = visible(cu_seqlens_q, len(q), window_size[0])
-    return torch.einsum("hqk,khd->qhd", scores(q, k, seen, softmax_scale), v).contiguous()
+    products = torch.einsum("qhd,khd->hqk", q, k) * softmax_scale
+    probabilities = products.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", probabilities, v).contiguous()
 
 
-def composed_attention(y, q, k, v, weights, _, scaling, window, seq_lens):
-    """Heads mixed in a local window ("DC"): y + w2 (sum over heads g of w1_g P_g) v.
-
-    y [T, H, D]; q, k, v [1, T, H, D]; weights: w1 and w2 [1, T, H].
-    """
-    first, second = (weight[0] for weight in weights)
-    probabilities = scores(q[0], k[0], visible(seq_lens, q.size(1), window - 1), scaling)
-    mixed = torch.einsum("qg,gqk->qk", first, probabilities)
-    return y.view_as(q[0]) + second[..., None] * torch.einsum("qk,khd->qhd", mixed, v[0])
-
-
-def softcap(logits: Tensor) -> Tensor:
-    return 23 * torch.sigmoid((logits + 5) / 7.5)
-
-
-def several_tokens_loss(capped: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+def softcapped_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """[T]: sum over k of weights[k] * cross-entropy with the target k places on, if it has one."""
+    capped = 23 * torch.sigmoid((logits + 5) / 7.5)
     total = capped.new_zeros(len(capped))
     for k, weight in enumerate(weights):
         count = len(capped) - k
         loss = F.cross_entropy(capped[:count], targets[k:], reduction="none")
         total = total + F.pad(weight * loss, (0, k))
     return total
-
-
-def softcapped_loss(x, targets, weights, *rest):
-    """The fused loss in its three forms: of logits; x and head; x, prefix targets and head."""
-    if not rest:
-        return several_tokens_loss(softcap(x), targets, weights)
-    prefix, prefix_weight, head = rest[:3] if rest[0].ndim == 1 else (None, 0.0, rest[0])
-    capped = softcap(x @ head)
-    total = several_tokens_loss(capped, targets, weights)
-    if prefix is None:
-        return total
-    known = prefix >= 0
-    loss = F.cross_entropy(capped, prefix.clamp(min=0), reduction="none")
-    return total + prefix_weight * torch.where(known, loss, torch.zeros_like(loss))
 
 
 def cautious_update(weight, hidden_bits, update, decay, rate):
@@ -134,13 +100,7 @@ STAND_INS = (
         lambda *_, **__: SimpleNamespace(flash_attn_interface=FLASH),
         "FlashAttention 3 needs an H100: softmax over a mask made of the documents' ends",
     ),
-    StandIn(
-        "dc_attention_postonly_nodd_correction_add_base_triton",
-        composed_attention,
-        "a Triton kernel: the same sum over a mask",
-    ),
     StandIn("XXT", lambda x, out: torch.matmul(x, x.mT, out=out), "a Triton kernel: X Xᵀ"),
-    StandIn("XTX", lambda x, out: torch.matmul(x.mT, x, out=out), "a Triton kernel: Xᵀ X"),
     StandIn(
         "ba_plus_cAA",
         lambda a, alpha, beta, out: out.copy_(beta * a + alpha * (a @ a)),
@@ -154,10 +114,8 @@ STAND_INS = (
     StandIn(
         "FusedSoftcappedCrossEntropy",
         SimpleNamespace(apply=softcapped_loss),
-        "a Triton kernel, in FP8 in later scripts: soft cap and cross-entropies",
+        "a Triton kernel: soft cap and cross-entropies",
     ),
-    StandIn("transpose_add", lambda x, out: out.add_(x.T), "a Triton kernel: a transposed sum"),
-    StandIn("transpose_copy", lambda x, out: out.copy_(x.T), "a Triton kernel: a transposed copy"),
     StandIn(
         "_cautious_wd_and_update_inplace",
         staticmethod(cautious_update),
@@ -185,7 +143,6 @@ def helpers() -> dict:
         "_stand_ins": BY_NAME,
         "_exactly": exactly,
         "_environment": dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", DISABLE_FP8="1"),
-        "_gpu": lambda: SimpleNamespace(multi_processor_count=1),  # sizes an unused FP8 buffer
     }
 
 
@@ -242,7 +199,7 @@ class Exact(ast.NodeTransformer):
 class Rewrite(Exact):
     """From a script for 8 GPUs to one for a CPU, and to a small model."""
 
-    KERNEL_MARKS = ("triton.jit", "triton.autotune", "torch.library.custom_op")
+    KERNEL_MARKS = ("triton.jit", "torch.library.custom_op")
 
     def __init__(self, sizes: dict):
         self.sizes = sizes
@@ -272,8 +229,6 @@ class Rewrite(Exact):
         first = dotted(node.args[0]) if len(node.args) == 1 else ""
         if called == "torch.compile":
             return node.args[0]
-        if called == "torch.cuda.get_device_properties":
-            return ast.Call(named("_gpu"), [], [])
         if method == "cuda" and not node.args or method == "view" and first == "torch.uint16":
             return node.func.value
         node.keywords = [word for word in node.keywords if word.arg != "pin_memory"]
@@ -366,7 +321,9 @@ def execute(source: str, sizes: dict, settle) -> dict:
 def run_statement(node, space: dict):
     statement = ast.fix_missing_locations(ast.Module([node], []))
     try:
-        exec(compile(statement, "the public script", "exec"), space)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of autocast, which scripts of 2024 prepare on a CPU
+            exec(compile(statement, "the public script", "exec"), space)
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
         line = f"line {node.lineno} of the script cannot be run here ({what})"
@@ -426,12 +383,12 @@ class Peer2024(Peer):
     model_name = "raw_model"
 
     def __init__(self, space: dict, warmup: int):
-        """warmup: updates of Muon's momentum warm-up, a number in the script's loop."""
+        """warmup: updates of Muon's momentum warm-up, a number in the script's loop; 0: none."""
         super().__init__(space)
         self.warmup = warmup
 
     def begin(self, step: int):
-        share = min(step / self.warmup, 1)
+        share = min(step / self.warmup, 1) if self.warmup else 1
         momentum = (1 - share) * 0.85 + share * 0.95
         self.script["optimizer3"].param_groups[0]["momentum"] = momentum
 
@@ -444,7 +401,8 @@ class Peer2024(Peer):
     def forward(self, rows: list[Row]) -> Tensor:
         inputs = torch.stack([row.inputs for row in rows])
         targets = torch.stack([row.targets for row in rows])
-        return self.model(inputs, targets)
+        made = self.model(inputs, targets)
+        return made[-1] if isinstance(made, tuple) else made  # (logits, loss) until record 9
 
     def backward(self, rows: list[Row]) -> float:
         """Add the gradients of a batch; its training loss per token."""
@@ -461,12 +419,6 @@ class Peer2024(Peer):
         self.model.zero_grad(set_to_none=True)
 
 
-def made_up_prefixes(vocabulary: int) -> Tensor:
-    """int64 [vocabulary]: for each token one that counts as its prefix, or -1: as for GPT-2's."""
-    tokens = torch.arange(vocabulary)
-    return torch.where(tokens % 3 == 0, -1, tokens // 2)
-
-
 class Peer2026(Peer):
     """A script of 2026: rows of packed documents, a manager that owns schedules and optimizers."""
 
@@ -476,12 +428,8 @@ class Peer2026(Peer):
         """block: tokens in a unit of windows."""
         super().__init__(space)
         self.manager = space["training_manager"]
-        if hasattr(self.manager, "block_size"):
-            self.manager.block_size = block
         self.block, self.scheduled = block, space["args"].num_scheduled_iterations
         self.manager.reset(self.manager.get_state())  # as the script does after its warm-up
-        if hasattr(self.model, "prefix_table"):  # the script fills it when its clock has started
-            self.model.prefix_table.copy_(made_up_prefixes(len(self.model.prefix_table)))
 
     @property
     def tied(self) -> bool:
