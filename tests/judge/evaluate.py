@@ -2,11 +2,11 @@
 
     python tests/judge/evaluate.py [NAME ...] [--out FOLDER] [--jobs 2] [-- FLAGS]
 
-Every patch is applied to train_gpt.py in a temporary folder, and the script that results is
-judged: `python -m records judge SCRIPT --json FILE -- FLAGS`. Names choose patches, as globs do:
-'clock_*'. Verdicts are kept in FOLDER, by the patch's name and a hash of script and flags: what has
-a verdict is not judged again, so a run that was stopped goes on where it was. Delete the folder
-when the judge has changed.
+Every patch is applied to this folder's train_gpt.py in a temporary folder, and the script that
+results is judged: `python -m records judge SCRIPT --json FILE -- FLAGS`. Names choose patches, as
+globs do: 'clock_*'. Verdicts are kept in FOLDER, by the patch's name and a hash of script and
+flags: what has a verdict is not judged again, so a run that was stopped goes on where it was.
+Delete the folder when the judge has changed.
 
 Exit code: 0 at least 90 % of the cheats are caught and no honest variant is accused, 1 not so,
 2 misuse.
@@ -25,6 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+TRAINER = HERE / "train_gpt.py"
 VERDICTS = {0: "legal", 1: "not legal", 2: "misuse", 3: "not fully judged"}
 # {what a patch is: {exit code of the judge: what that makes of the judge}}; other codes: broken
 MEANING = {
@@ -45,9 +46,10 @@ def patches(names=()):
 
 
 def build(patch: Path, folder: Path) -> Path:
-    """train_gpt.py with the patch, in the folder. Errors: RuntimeError if it does not apply."""
+    """The frozen trainer with the patch, in the folder. Errors: RuntimeError if it does not
+    apply."""
     script = folder / "train_gpt.py"
-    script.write_bytes((ROOT / "train_gpt.py").read_bytes())
+    script.write_bytes(TRAINER.read_bytes())
     # --directory does not leave an enclosing repository, and GIT_DIR would lead into another
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment["GIT_CEILING_DIRECTORIES"] = str(folder.parent)
