@@ -61,7 +61,7 @@ def build(patch: Path, folder: Path) -> Path:
 
 
 def judge(patch: Path, out: Path, flags: list[str]) -> tuple[int, str]:
-    """(Exit code of the judge, its last line), from the folder of verdicts if it is there."""
+    """(Exit code of the judge, its reason), from the folder of verdicts if it is there."""
     with tempfile.TemporaryDirectory(prefix="trainer_") as folder:
         script = build(patch, Path(folder))
         key = hashlib.sha256(script.read_bytes() + repr(flags).encode()).hexdigest()[:12]
@@ -73,8 +73,8 @@ def judge(patch: Path, out: Path, flags: list[str]) -> tuple[int, str]:
             aside.write_text(f"{text}\nexit code {code}\n", encoding="utf-8")
             aside.replace(kept)  # it appears whole or not at all
     *lines, last = kept.read_text(encoding="utf-8").splitlines()
-    said = [line for line in lines if line.strip()]
-    return int(last.removeprefix("exit code ")), said[-1] if said else ""
+    said = [line for line in lines if line.startswith(("fail", "not seen"))]
+    return int(last.removeprefix("exit code ")), " ".join(sorted(said)[0].split()) if said else ""
 
 
 def call(command):
