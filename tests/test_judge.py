@@ -129,7 +129,7 @@ def judged(tmp_path, script: str, flags: list[str], *options) -> tuple[int, dict
     """(exit code, {check: (state, reason)})"""
     (tmp_path / "candidate.py").write_text(script)
     (tmp_path / "home").mkdir()
-    command = [sys.executable, "-m", "records", "judge", tmp_path / "candidate.py", "--quiet"]
+    command = [sys.executable, "-m", "records", "judge", tmp_path / "candidate.py"]
     command += ["--json", tmp_path / "verdict.json", "--dice", "1", *options, "--", *flags]
     env = os.environ | dict.fromkeys(("HOME", "TMPDIR"), str(tmp_path / "home"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=env)
@@ -511,15 +511,16 @@ def test_losses_are_those_of_torch_in_fp64():
     import torch
 
     rng = np.random.default_rng(0)
-    logits, targets = rng.normal(0, 9, (3, 5, 7)).astype("f4"), rng.integers(7, size=(3, 5))
+    logits, targets = rng.normal(0, 9, (15, 7)).astype("f4"), rng.integers(7, size=15)
     expected = torch.nn.functional.cross_entropy(
-        torch.from_numpy(logits).double().flatten(0, 1),
-        torch.from_numpy(targets).flatten(),
-        reduction="none",
+        torch.from_numpy(logits).double(), torch.from_numpy(targets), reduction="none"
     )
-    assert np.allclose(judge_case.losses(logits, targets).ravel(), expected, rtol=1e-14)
-    with pytest.raises(ValueError, match="7 logits for target 7"):
-        judge_case.losses(logits, targets + 1)
+    assert np.allclose(judge_case.losses(logits, targets), expected, rtol=1e-14, atol=1e-14)
+
+
+def test_batches_of_random_sizes():
+    sizes = judge_case.batch_sizes(1000, 8, np.random.default_rng(0))
+    assert sum(sizes) == 1000 and set(sizes) == set(range(1, 9))
 
 
 def test_flags():
@@ -559,9 +560,9 @@ def test_corpus_variants_change_what_they_should(corpus):
     assert ((train == 256) == (corpus.train == 256)).all()
 
 
-def test_scheduled_tokens_are_those_of_the_loader(corpus, tmp_path):
+def test_scheduled_tokens_are_those_of_the_loader(case, tmp_path):
     config = replace(train_gpt.PRESETS["laptop"], seq_len=32, batch_tokens=[256, 512], steps=12)
-    used = judge_case.scheduled(corpus, config, 3, 5)
+    used = case.scheduled(config, 3, 5)
     assert used[768 : 2 * 1280].all() and used.sum() > 2 * 1280 - 768
     write_shard(tmp_path / "train.bin", used)
     shards = train_gpt.Shards(f"{tmp_path}/train.bin", "train_files", 32)
@@ -639,6 +640,8 @@ def test_a_signal_leaves_nothing_behind(number, tmp_path, data):
         ("nowhere.py", "no such trainer"),
         ("train_gpt.py -- --preset none", "--preset none"),
         ("train_gpt.py --new", "unrecognized"),
+        ("train_gpt.py -- --seed one", "--seed one: must be a whole number"),
+        ("train_gpt.py -- --seed", "expected one argument"),
         ("data", "no such trainer"),
         ("train_gpt.py -- --val_files nowhere/*.bin", "no such data"),
     ],

@@ -84,12 +84,12 @@ def test_outcomes(capsys):
 
 
 def test_verdicts_are_kept(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(evaluate, "call", lambda words: calls.append(words) or (1, "because"))
+    calls, said = [], "pass      source  fine\nfail      clock   because\n\nnot legal"
+    monkeypatch.setattr(evaluate, "call", lambda words: calls.append(words) or (1, said))
     patch = PATCHES[0]
-    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "because")
-    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "because")
-    assert evaluate.judge(patch, tmp_path, ["--seed", "2"]) == (1, "because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail clock because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail clock because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "2"]) == (1, "fail clock because")
     assert len(calls) == 2 and calls[0][-3:] == ["--", "--seed", "1"]
 
 

@@ -5,27 +5,28 @@
 
 It needs of a script the flags of its track, the log format, a final checkpoint, and
 load_model(path) that gives a callable from tokens [B, T] to logits [B, T, V]. It runs
-`python train_gpt.py FLAGS` in an empty folder, with the real preset, and the data under the names
-that it has in a clone. The verdict is computed here, from what the runs leave.
+`python train_gpt.py FLAGS` in new folders, with the real preset, and the data under the names that
+it has in a clone. The verdict is computed here, from what the runs leave; the first proof ends it.
 
 what is changed                           what must come out
-the validation tokens                     the same model: bit for bit our losses on every token
-training tokens beyond the schedule       the same model; after one update, those beyond its batch
-validations on, checkpoints off           the same losses
-the seed                                  another model
-all tokens renumbered                     the same loss: what is learned comes from the shards
-the schedule's end made of noise          a loss that rises, and a log that says so
-the schedule's length                     as much work before the clock
+nothing                                   a logged val_loss that is ours, from the checkpoint's
+                                          logits, all tokens once
 a row's later tokens, its neighbours,     the same logits at the positions asked for
 its place, the batch's size
-nothing                                   a logged val_loss that is ours: from the checkpoint's
-                                          logits, all tokens once, in fp64
-nothing                                   step lines that come as fast as they say; validations that
-                                          cost what scoring costs; no process left
+validations on, checkpoints off, in the   the same losses
+folder of an earlier run
+nothing                                   step lines that come as fast as they say
+validation tokens, and training tokens    the same model: after one update, and at the end
+beyond the batch or the schedule
+the seed                                  another model
+the end of a short schedule is noise      a loss that rises, and a log that says so
+all tokens renumbered                     the same loss: what is learned comes from the shards
+the schedule's length                     as much work before the clock; validations that cost what
+                                          scoring costs; no process left
 
 On CUDA no two runs are equal bit for bit: there the same means as near as two runs of the same, and
 the schedule is shortened. The runs of a judging differ in data and seed, and in how often they
-validate and save; each has a folder, a home and a session of its own.
+validate and save.
 
 Exit code 0: legal; 1: not legal, with reasons; 3: nothing against it, but not all could be seen;
 2: misuse.
@@ -396,7 +397,6 @@ def parse(argv: list[str]):
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a run may take [3600]")
     parser.add_argument("--dice", type=int, help="seed of what is asked, to judge alike [drawn]")
     parser.add_argument("--every_check", action="store_true", help="go on after the first proof")
-    parser.add_argument("--quiet", action="store_true", help="no line for each run that is over")
     args = parser.parse_args(argv[:at])
     args.dice = secrets.randbits(32) if args.dice is None else args.dice
     return args, argv[at + 1 :]
@@ -421,6 +421,9 @@ def prepare(args, flags: list[str]) -> Case:
 
     import train_gpt
 
+    for name, value in taken(flags, "seed", "steps", "val_tokens")[0].items():
+        if value and not value.isdigit():
+            raise BadInput(f"--{name} {value}: must be a whole number")
     given, extra = taken(flags, "preset", "seed", "device", "steps")
     name, cuda = given["preset"] or TRACKS[args.track].preset, args.track != "laptop"
     name = name or "gpt2_small"

@@ -1,6 +1,5 @@
 """What the judge shows a script, and the runs of one judging: data and its variants, questions."""
 
-import argparse
 import math
 import os
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from data import shards
-from records.tools.command import BadInput
+from records.tools.command import BadInput, Parser
 from records.tools.judge_runs import NOT_NEEDED, Answers, Job, Training, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +27,7 @@ RUN_LOCAL = ("log_dir", "checkpoint_every", "checkpoint_dir", "train_files", "va
 
 def taken(flags: list[str], *names: str) -> tuple[dict, list[str]]:
     """{name: its (last) value or None}, and the flags but for these."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser("judge", "", add_help=False)
     for name in names:
         parser.add_argument(f"--{name}")
     values, rest = parser.parse_known_args(flags)
@@ -52,9 +51,8 @@ class Corpus:
     paths: tuple[str, str]
     mark: int  # the token before each document, the last of the vocabulary
 
-    def files(self, train=None, val=None) -> dict[str, np.ndarray]:
-        train = self.train if train is None else train
-        return dict(zip(self.paths, (train, self.val if val is None else val), strict=True))
+    def files(self) -> dict[str, np.ndarray]:
+        return {self.paths[0]: self.train, self.paths[1]: self.val}
 
     def renumbered(self, rng) -> "Corpus":
         """Each token but the mark under another number: any for bytes, a near one where numbers
@@ -112,50 +110,16 @@ class Places:
         return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
 
 
-def loader(corpus: Corpus, config):
-    """Our own batches of places, of rows spread over the stream."""
-    import train_gpt
-
-    order = replace(config, spread_rows=True, epochs_allowed=2**20)
-    return train_gpt.Batches(Places(len(corpus.train), config.seq_len), order)
-
-
-def scheduled(corpus: Corpus, config, first: int, last: int) -> np.ndarray:
-    """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1, of rows spread over
-    the stream, or in its order; there with room for rows that skip the ends of documents."""
-    used, batches = np.zeros(len(corpus.train), bool), loader(corpus, config)
-    used[int(batches.first[first]) * config.seq_len : 2 * batches.first[last] * config.seq_len] = 1
-    for step in range(first, last):
-        used[batches.batch_at(step)] = True
-    return used
-
-
-# ------------------------------------------------------------------------------------------ losses
-
-
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target] in fp64, nats: logits [..., V], targets [...].
-    Raises ValueError where there are too few logits for the targets."""
-    import torch
-
-    if logits.shape[-1] <= targets.max():
-        raise ValueError(f"{logits.shape[-1]} logits for target {targets.max()}")
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).astype(np.int64)
-    found = np.empty(len(flat))
-    for start in range(0, len(flat), 8192):
-        piece = slice(start, start + 8192)
-        part, index = torch.from_numpy(flat[piece]).double(), torch.from_numpy(wanted[piece])
-        chosen = part.gather(-1, index[:, None]).squeeze(-1)
-        found[piece] = part.logsumexp(-1) - chosen
-    return found.reshape(targets.shape)
+    """-log softmax(logits)[target] in fp64, nats: logits [N, V], targets [N]."""
+    whole = np.array([np.logaddexp.reduce(row, dtype=np.float64) for row in logits])
+    return whole - logits[np.arange(len(logits)), targets]
 
 
 def batch_sizes(count: int, most: int, rng) -> list[int]:
     """Random sizes of batches that hold `count` rows together."""
-    sizes = []
-    while sum(sizes) < count:
-        sizes.append(int(min(rng.integers(1, most + 1), count - sum(sizes))))
-    return sizes
+    ends = np.cumsum(rng.integers(1, most + 1, count)).clip(max=count)
+    return np.diff(np.unique(ends), prepend=0).tolist()
 
 
 # -------------------------------------------------------------------------------------------- case
@@ -222,8 +186,7 @@ class Case:
         run_all([*self.jobs, *extra], at_once, self.say, settled)
 
     def say(self, text: str):
-        if not self.args.quiet:
-            print(f"  {text}", file=sys.stderr, flush=True)
+        print(f"  {text}", file=sys.stderr, flush=True)
 
     def read_config(self):
         """Our own Config of what the base run's log says, for the order of rows."""
@@ -235,7 +198,7 @@ class Case:
         try:
             config = replace(self.preset, **known | dict(val_tokens=self.val_tokens))
             self.row_order = self.rng.permutation(config.val_tokens // config.val_len)
-            planned = int(loader(self.corpus, config).first[-1]) * config.seq_len
+            planned = len(self.places(config, 0, config.steps)) * config.seq_len
             more = int(self.base.run.result["tokens"]) / planned  # a schedule of its own
             self.config = replace(config, steps=math.ceil(config.steps * max(1, more)))
         except Exception as error:  # whatever the script wrote there
@@ -279,37 +242,56 @@ class Case:
 
     # what a run is given
 
-    def other_files(self):
-        return self.corpus.files(val=self.other_val)
+    def places(self, config, first: int, last: int) -> np.ndarray:
+        """[N, T + 1]: where in the stream the tokens of steps first..last - 1 stand, if rows are
+        spread over it."""
+        import train_gpt
+
+        order = replace(config, spread_rows=True, epochs_allowed=2**20)
+        batches = train_gpt.Batches(Places(len(self.corpus.train), config.seq_len), order)
+        rows = [batches.batch_at(step) for step in range(first, last)]
+        return np.concatenate([np.zeros((0, config.seq_len + 1), int), *rows])
+
+    def scheduled(self, config, first: int, last: int) -> np.ndarray:
+        """bool [tokens]: those of the batches of steps first..last - 1, of rows spread over the
+        stream, or in its order; there with room for rows that skip the ends of documents."""
+        used = np.zeros(len(self.corpus.train), bool)
+        start, end = (len(self.places(config, 0, step)) * config.seq_len for step in (first, last))
+        used[start : 2 * end] = True
+        used[self.places(config, first, last)] = True
+        return used
+
+    def other_files(self, changed=None, val=True):
+        """Other training tokens where changed [bool], and other validation tokens."""
+        corpus = replace(self.corpus, val=self.other_val) if val else self.corpus
+        if changed is not None:
+            corpus = replace(corpus, train=corpus.other_train(changed, self.rng))
+        return corpus.files()
 
     def changed_files(self):
-        """Other validation tokens, and other training tokens beyond the schedule."""
-        beyond = ~scheduled(self.corpus, self.config, 0, self.config.steps)
-        return self.corpus.files(self.corpus.other_train(beyond, self.rng), self.other_val)
+        """... beyond the schedule."""
+        return self.other_files(~self.scheduled(self.config, 0, self.config.steps))
 
     def first_batches(self) -> np.ndarray:
         batches = min(FIRST * self.preset.adam_every, self.config.steps)
-        return scheduled(self.corpus, self.config, 0, batches)
+        return self.scheduled(self.config, 0, batches)
 
     def early_files(self):
-        """Other validation tokens, and other training tokens beyond the first batches."""
-        train = self.corpus.other_train(~self.first_batches(), self.rng)
-        return self.corpus.files(train, self.other_val)
+        """... beyond the first batches."""
+        return self.other_files(~self.first_batches())
 
     def inside_files(self):
-        """Other tokens in the first batches, but for the very first row: all orders begin there."""
+        """... in the first batches, but for the very first row: all orders begin there."""
         inside = self.first_batches()
         inside[: 2 * self.config.seq_len] = False
-        return self.corpus.files(self.corpus.other_train(inside, self.rng))
+        return self.other_files(inside, val=False)
 
     def worse(self):
         """The last third of a short schedule is noise: the loss rises."""
-        config = replace(self.config, steps=self.short)
-        late = scheduled(self.corpus, config, self.short - self.short // 3, self.short)
-        batches = loader(self.corpus, config)
-        for step in range(self.short - self.short // 3):
-            late[batches.batch_at(step)] = False
-        return self.corpus.files(self.corpus.other_train(late, self.rng))
+        config, change = replace(self.config, steps=self.short), self.short - self.short // 3
+        late = self.scheduled(config, change, self.short)
+        late[self.places(config, 0, change)] = False
+        return self.other_files(late, val=False)
 
     @property
     def short(self) -> int:

@@ -89,8 +89,9 @@ class Job:
 
     def start(self):
         if not self.folder:
-            home = Path.home()  # users have no clones in folders for temporary files
-            self.folder = Path(tempfile.mkdtemp(dir=home if os.access(home, os.W_OK) else None))
+            home = Path.home()  # nobody's clone is in a folder for temporary files
+            place = home if os.access(home, os.W_OK) else None
+            self.folder = Path(tempfile.mkdtemp(prefix="speedrun_", dir=place))
         (self.folder / "train_gpt.py").write_bytes(self.script)
         words = self.prepare()
         own = runs.environment()
