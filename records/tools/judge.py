@@ -62,6 +62,7 @@ LOSS = {False: 1e-3, True: 3e-3}  # nats between a logged val_loss and ours; Tru
 NUMBERS = 0.03  # nats that the tokens' numbers may be worth: ten times what seeds differ by ...
 UNTRAINED = 5  # ... and so many times as much with other flags than the track's
 EXACT, ROUNDED = 5e-4, 0.25  # nats between two losses of one token: in fp32, and at most
+AHEAD = 0.15  # nats by which the training losses of later runs may be lower, where none is repeated
 FEW = 0.01  # share of positions whose losses may differ by more, where there is noise
 LEAK = 0.003  # nats a token that later tokens may seem to be worth
 SEEN = (0.01, 0.1)  # share of the time between lines, and seconds, that may pass unlogged
@@ -163,6 +164,11 @@ def causality(case):
     return "pass", f"{len(gain)} positions keep their logits with another future, among other rows"
 
 
+def learning(run: Training) -> float:
+    """Mean of the logged training losses."""
+    return float(np.mean([float(loss) for loss in run.losses.values()] or [math.nan]))
+
+
 @check("plain", "again_score")
 def plain_run(case):
     """As users run it, in the folder of an earlier run, with validations, without checkpoints."""
@@ -172,6 +178,10 @@ def plain_run(case):
     ends = (a.run.val_loss, b.run.val_loss)
     if not case.plain_differs() or case.cuda and abs(ends[0] - ends[1]) <= LOSS[True]:
         return "pass", f"ends at {ends[1]:.6f}, with checkpoints at {ends[0]:.6f}"
+    later = case.scores[case.again].ok and [learning(run) for run in (b, case.again)]
+    if later and learning(a) - max(later) > AHEAD:
+        reason = f"{max(later):.2f} on average, that of the first run {learning(a):.2f}"
+        return "fail", f"the training losses of later runs are {reason}: they find something"
     if not case.exact:
         return "not seen", NOT_SEEDED
     steps = [step for step, loss in sorted(a.losses.items()) if b.losses.get(step) != loss]

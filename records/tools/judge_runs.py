@@ -237,6 +237,7 @@ class Training(Job):
         for found in STEP.finditer(self.log, begin, self.parsed):
             step, kind, loss, ms = (part.decode(errors="replace") for part in found.groups())
             with contextlib.suppress(ValueError):
+                float(loss)
                 self.lines.append(Line(seen, spent, int(step), kind, loss, float(ms) / 1000))
 
     def collect(self):
