@@ -149,7 +149,7 @@ class Case:
         self.base = train("base run", flags, needs=())
         self.base.after = self.read_config
         self.base_score = score(self.base)
-        self.plain = train("plain run", plain, after_run=self.base)
+        self.plain = train("plain run", plain, after_run=self.base, needs=(self.base,))
         self.prefixes = Answers(
             "prefixes", self.script, [self.base], self.ask_prefixes, other, **self.options
         )
@@ -173,11 +173,13 @@ class Case:
     # runs
 
     def train(self, name, flags, files=None, **more) -> Training:
-        options = dict(needs=(getattr(self, "base", None),)) | self.options | more
+        """Where the base run cannot be scored, no other run is of use that says no other needs."""
+        if "needs" not in more:
+            more["needs"] = (self.base_score,)
         ranks = int(os.environ.get("NPROC", 1)) if self.cuda else 1
         flags = flags if callable(flags) else lambda given=flags: given
         files = files or self.corpus.files
-        run = Training(name, self.script, flags, files, ranks=ranks, **options)
+        run = Training(name, self.script, flags, files, ranks=ranks, **self.options | more)
         self.trainings.append(run)
         return run
 
