@@ -1,5 +1,5 @@
-"""The judge's set: every patch applies to train_gpt.py, and Python compiles what results. Whether
-the judge tells cheats from honest variants is measured by tests/judge/evaluate.py."""
+"""The judge's set: every patch applies to its frozen trainer, and Python compiles what results.
+Whether the judge tells cheats from honest variants is measured by tests/judge/evaluate.py."""
 
 import importlib.util
 import re
@@ -13,20 +13,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent / "judge"))
-import evaluate
 
+def load(path: Path):
+    """A module by its path: its folder, which holds a train_gpt.py of its own, is none to import
+    from."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+evaluate = load(Path(__file__).parent / "judge" / "evaluate.py")
 PATCHES = evaluate.patches()
 HONEST = [path for path in PATCHES if path.parent.name == "honest" and path.stem != "compiled"]
 
 
-@pytest.mark.slow  # 150 builds; and an edit of train_gpt.py may ask for a patch to be refreshed
+@pytest.mark.slow  # 150 builds
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_patch_applies_and_compiles(patch, tmp_path):
     first = patch.read_text(encoding="utf-8").splitlines()[0]
     assert re.fullmatch(r"# \w.*\.", first), f"{patch}: the first line says what it does"
     script = evaluate.build(patch, tmp_path)
-    assert script.read_bytes() != (evaluate.ROOT / "train_gpt.py").read_bytes()
+    assert script.read_bytes() != evaluate.TRAINER.read_bytes()
     compile(script.read_bytes(), patch.name, "exec")
 
 
@@ -76,12 +84,12 @@ def test_outcomes(capsys):
 
 
 def test_verdicts_are_kept(tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(evaluate, "call", lambda words: calls.append(words) or (1, "because"))
+    calls, said = [], "pass      source  fine\nfail      clock   because\n\nnot legal"
+    monkeypatch.setattr(evaluate, "call", lambda words: calls.append(words) or (1, said))
     patch = PATCHES[0]
-    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "because")
-    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "because")
-    assert evaluate.judge(patch, tmp_path, ["--seed", "2"]) == (1, "because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail clock because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail clock because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "2"]) == (1, "fail clock because")
     assert len(calls) == 2 and calls[0][-3:] == ["--", "--seed", "1"]
 
 

@@ -5,27 +5,28 @@
 
 It needs of a script the flags of its track, the log format, a final checkpoint, and
 load_model(path) that gives a callable from tokens [B, T] to logits [B, T, V]. It runs
-`python train_gpt.py FLAGS` in an empty folder, with the real preset, and the data under the names
-that it has in a clone. The verdict is computed here, from what the runs leave.
+`python train_gpt.py FLAGS` in new folders, with the real preset, and the data under the names that
+it has in a clone. The verdict is computed here, from what the runs leave; the first proof ends it.
 
 what is changed                           what must come out
-the validation tokens                     the same model: bit for bit our losses on every token
-training tokens beyond the schedule       the same model; after one update, those beyond its batch
-validations on, checkpoints off           the same losses
-the seed                                  another model
-all tokens renumbered                     the same loss: what is learned comes from the shards
-the schedule's end made of noise          a loss that rises, and a log that says so
-the schedule's length                     as much work before the clock
+nothing                                   a logged val_loss that is ours, from the checkpoint's
+                                          logits, all tokens once
 a row's later tokens, its neighbours,     the same logits at the positions asked for
 its place, the batch's size
-nothing                                   a logged val_loss that is ours: from the checkpoint's
-                                          logits, all tokens once, in fp64
-nothing                                   step lines that come as fast as they say; validations that
-                                          cost what scoring costs; no process left
+validations on, checkpoints off, in the   the same losses
+folder of an earlier run
+nothing                                   step lines that come as fast as they say
+validation tokens, and training tokens    the same model: after one update, and at the end
+beyond the batch or the schedule
+the seed                                  another model
+the end of a short schedule is noise      a loss that rises, and a log that says so
+all tokens renumbered                     the same loss: what is learned comes from the shards
+the schedule's length                     as much work before the clock; validations that cost what
+                                          scoring costs; no process left
 
 On CUDA no two runs are equal bit for bit: there the same means as near as two runs of the same, and
 the schedule is shortened. The runs of a judging differ in data and seed, and in how often they
-validate and save; each has a folder, a home and a session of its own.
+validate and save.
 
 Exit code 0: legal; 1: not legal, with reasons; 3: nothing against it, but not all could be seen;
 2: misuse.
@@ -34,6 +35,7 @@ Exit code 0: legal; 1: not legal, with reasons; 3: nothing against it, but not a
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import math
 import secrets
 import shlex
@@ -47,7 +49,7 @@ import numpy as np
 
 from records.tools import logs
 from records.tools.command import BadInput, Parser, command, need, printable, write_json
-from records.tools.judge_case import FIRST, Case, read_corpus, value_of, without
+from records.tools.judge_case import FIRST, Case, read_corpus, taken
 from records.tools.judge_runs import Training
 from records.tools.runs import Interrupted, interruptible
 from records.tools.tracks import TRACKS
@@ -58,17 +60,22 @@ LEARNT = 0.4  # of what a run learns: more than one update teaches
 MANY = 20  # updates, of which one cannot teach so much
 LOSS = {False: 1e-3, True: 3e-3}  # nats between a logged val_loss and ours; True: on CUDA
 NUMBERS = 0.03  # nats that the tokens' numbers may be worth: ten times what seeds differ by ...
-UNTRAINED = 5  # ... and so many times as much with other flags than the track's
+UNTRAINED = 2  # ... and so many times as much with other flags than the track's
 EXACT, ROUNDED = 5e-4, 0.25  # nats between two losses of one token: in fp32, and at most
+AHEAD = 0.15  # nats by which the training losses of later runs may be lower, where none is repeated
+FEW = 0.01  # share of positions whose losses may differ by more, where there is noise
 LEAK = 0.003  # nats a token that later tokens may seem to be worth
-SEEN = (0.01, 0.3)  # share of the time between lines, and seconds, that may pass unlogged
-IDLE = 0.02  # share of the time between lines in which at least there is computing
+SEEN = (0.01, 0.1)  # share of the time between lines, and seconds, that may pass unlogged
+BY_FAR = 3  # times as much: no accident
+AT_ENDS = 5  # lines, of which the one that was seen soonest tells the time
 EFFORT = (1.3, 1.0)  # factor and seconds that work beside the clock may take above its yardstick
+LAST = (2, 0.3)  # ... and the last validation above those before it
+OWN_ORDER = "rows come in an order of its own: how many it reads cannot be told"
+NOT_SEEDED = "the same command gives other losses each time: not all that is random is seeded"
 NOT_SEEN = (
     "a seed that was picked before (verify asks for seeds 0, 1, 2, ... in order)",
     "rows trained on twice while the clock runs: they cost the time they take",
     "work before the clock that knows nothing of the data, such as compiling",
-    "files written outside of the run's folder, unless they help a later run",
     "taste: read the change as well",
 )
 
@@ -76,220 +83,234 @@ NOT_SEEN = (
 @dataclass(frozen=True)
 class Check:
     name: str
-    state: str  # pass, fail or not seen
+    state: str  # pass, fail, not seen, or skipped
     reason: str
 
 
-# --------------------------------------------------------------------------------------- comparing
+# ------------------------------------------------------------------------------------------ checks
+# Each takes a Case and returns (state, reason); `after` names the jobs that it looks at.
+
+CHECKS: list = []
 
 
-def same(case: Case, a: Training, b: Training) -> bool | None:
-    """Are their models equal? By our losses; without load_model by the logged losses of the
-    training batches. None: nothing to compare."""
-    x, y = case.scored[a], case.scored[b]
-    if x.ok and y.ok:
-        difference = np.abs(x.value - y.value)
-        return bool(difference.max() == 0 or difference.mean() <= case.noise)
-    common = a.losses.keys() & b.losses.keys()
-    if not (a.ok and b.ok and case.exact) or len(common) < 3:
-        return None
-    return all(a.losses[step] == b.losses[step] for step in common)
+def check(*after: str):
+    def add(look):
+        CHECKS.append((look, after))
+        return look
+
+    return add
 
 
 def why_not(case: Case, *runs: Training) -> str:
     """Why these runs or their scores show nothing."""
-    jobs = [*runs, *(case.scored[run] for run in runs if run in case.scored)]
+    jobs = [job for run in runs for job in (run, case.scores.get(run)) if job]
     return next((f"{job.name}: {job.why}" for job in jobs if job.why), "too few step lines")
 
 
-# ------------------------------------------------------------------------------------------ checks
-# Each takes a Case and returns (state, reason).
-
-
+@check("base")
 def source(case):
     digest, size = hashlib.sha256(case.script).hexdigest(), len(zlib.compress(case.script, 9))
     if size > SOURCE_LIMIT:
         return "fail", f"the source has {size:,} bytes compressed, more than {SOURCE_LIMIT:,}"
-    runs = [run for run in case.trainings if run.ok and not run.first]
-    for run in runs:
-        argv = run.run.header.get("argv", "")
-        if run.touched:
-            return "fail", f"{run.name}: {run.touched[0]} is not what it was before the run"
-        if run.run.source_bytes == 0 or run.run.source_sha256 != digest:
-            return "fail", f"{run.name}: the log's source is not the file that ran"
-        if argv.split()[-len(run.flags) :] != run.flags:
-            return (
-                "fail",
-                f"{run.name}: the log says {printable(argv)}, not {shlex.join(run.flags)}",
-            )
-    if not runs:
-        return "not seen", why_not(case, case.base)
+    run, log = case.base, case.base.run
+    if not run.ok:
+        return "not seen", why_not(case, run)
+    if run.touched:
+        return "fail", "train_gpt.py is not what it was before the run"
+    if log.source_bytes == 0 or log.source_sha256 != digest:
+        return "fail", "the log's source is not the file that ran"
+    argv = log.header.get("argv", "")
+    if argv.split()[-len(run.flags) :] != run.flags:
+        return "fail", f"the log says {printable(argv)}, not {shlex.join(run.flags)}"
     return "pass", f"the log's source is the file that ran; {size:,} bytes compressed"
 
 
+@check("base_score")
+def val_loss(case):
+    return scored(case, case.base)
+
+
+def scored(case, run):
+    """Is the logged loss ours?"""
+    ours, said = case.losses(run), (run.run and run.run.config or {}).get("val_tokens")
+    if not run.ok or ours is None:
+        return "not seen", why_not(case, run)
+    ours, logged = float(ours.mean()), run.run.val_loss
+    reason = f"{run.name}: the log says {logged:.6f}, its checkpoint scores {ours:.6f}"
+    if not abs(ours - logged) <= LOSS[case.cuda]:
+        return "fail", reason
+    wanted = int(taken(run.flags, "val_tokens")[0]["val_tokens"] or case.val_tokens)
+    if said != wanted:
+        return "fail", f"the log's config says {said} validation tokens, not {wanted}"
+    return "pass", f"{reason} on {said:,} tokens"
+
+
+@check("prefixes", "base_score")
+def causality(case):
+    """Each token's loss with its whole row in sight, and with another future."""
+    ours = case.losses(case.base)
+    if not case.prefixes.ok or ours is None:
+        return "not seen", case.prefixes.why or why_not(case, case.base)
+    whole = np.empty_like(ours)
+    whole[case.row_order] = ours
+    gain = case.prefix_losses() - whole[case.asked_row, case.asked_at]
+    limit = min(max(EXACT, 5 * float(np.median(np.abs(gain)))), ROUNDED)
+    wrong = np.abs(gain) > limit
+    mean, error = gain.mean(), gain.std() / math.sqrt(len(gain))
+    if wrong.sum() >= max(2, FEW * len(gain) * (limit > EXACT)) or mean > LEAK + 4 * error:
+        places = ", ".join(map(str, np.unique(case.asked_at[wrong])[:4]))
+        reason = f"at {wrong.sum()} of {len(gain)} positions asked (such as {places}) the logits"
+        return "fail", f"{reason} depend on later tokens or other rows, by {mean:.3f} nats a token"
+    return "pass", f"{len(gain)} positions keep their logits with another future, among other rows"
+
+
+def learning(run: Training) -> float:
+    """Mean of the logged training losses."""
+    return float(np.mean([float(loss) for loss in run.losses.values()] or [math.nan]))
+
+
+@check("plain", "again_score")
 def plain_run(case):
-    """As users run it, with validations and without checkpoints."""
+    """As users run it, in the folder of an earlier run, with validations, without checkpoints."""
     a, b = case.base, case.plain
     if not (a.ok and b.ok):
         return "not seen", why_not(case, a, b)
     ends = (a.run.val_loss, b.run.val_loss)
-    if case.cuda and None not in ends and abs(ends[0] - ends[1]) <= LOSS[True]:
-        return "pass", f"ends at {ends[1]:.4f}, with checkpoints at {ends[0]:.4f}"
+    if not case.plain_differs() or case.cuda and abs(ends[0] - ends[1]) <= LOSS[True]:
+        return "pass", f"ends at {ends[1]:.6f}, with checkpoints at {ends[0]:.6f}"
+    later = case.scores[case.again].ok and [learning(run) for run in (b, case.again)]
+    if later and learning(a) - max(later) > AHEAD:
+        reason = f"{max(later):.2f} on average, that of the first run {learning(a):.2f}"
+        return "fail", f"the training losses of later runs are {reason}: they find something"
     if not case.exact:
-        return (
-            "not seen",
-            "the same command gives other losses each time: not all that is random is seeded",
-        )
-    steps = a.losses.keys() | b.losses.keys()
-    different = [step for step in sorted(steps) if a.losses.get(step) != b.losses.get(step)]
-    if ends[0] == ends[1] and not different:
-        return "pass", f"ends at {ends[1]} with validations and without checkpoints, too"
-    where = f"from step {different[0]} on" if different else "at the end"
-    reason = "with validations and without checkpoints the losses differ"
-    return "fail", f"{reason} {where}: val_loss {ends[1]}, not {ends[0]}"
+        return "not seen", NOT_SEEDED
+    steps = [step for step, loss in sorted(a.losses.items()) if b.losses.get(step) != loss]
+    where = f"from step {steps[0]} on" if steps else "at the end"
+    reason = "with validations, without checkpoints, in the folder of another run"
+    return "fail", f"{reason} the losses differ {where}: val_loss {ends[1]}, not {ends[0]}"
 
 
-def validation_tokens(case):
-    equal = same(case, case.base, case.changed)
-    if equal is False:
-        case.only_val = case.again(
-            "other validation tokens", files=lambda: case.changed_files(train=False)
-        )
-        equal = same(case, case.base, case.only_val)
+def lateness(run: Training) -> tuple[float, float]:
+    """Seconds between neighbouring lines of training batches, as seen, and those of them that are
+    not logged. A stamp may come late, so each end is the earliest of some."""
+    seen = unlogged = 0.0
+    for is_train, group in itertools.groupby(run.lines, lambda line: line.kind == "train"):
+        lines = list(group)
+        if not is_train or len(lines) < 2:
+            continue
+        behind = [line.seen - line.logged for line in lines]
+        some = max(1, min(AT_ENDS, len(lines) // 4))
+        seen += lines[-1].seen - lines[0].seen
+        unlogged += min(behind[-some:]) - min(behind[:some])
+    return seen, unlogged
+
+
+def taken_back(run: Training) -> float:
+    """Seconds that the clock lost while it stood: the first step after a pause takes as long as the
+    fastest of the others, and none takes less than nothing."""
+    pairs = list(itertools.pairwise(run.lines))
+    steps = [
+        (b.logged - a.logged) / (b.step - a.step)
+        for a, b in pairs
+        if a.kind == b.kind == "train" and b.step > a.step
+    ]
+    fastest = float(np.quantile(steps, 0.1)) if steps else 0.0
+    lost = 0.0
+    for a, b in pairs:
+        resumed = a.kind == "val" and b.kind == "train"
+        least = fastest * (b.step - a.step) if resumed else 0.0
+        lost += max(0.0, least - (b.logged - a.logged))
+    return lost
+
+
+@check("base", "plain", "again_score")
+def clock(case):
+    """Between the lines of training batches nothing happens but training."""
+    late, reason = [], ""
+    for run in (case.base, case.plain):
+        if not run.ok:
+            return "not seen", why_not(case, run)
+        (seen, unlogged), back = lateness(run), taken_back(run)
+        if seen < run.lines[-1].logged / 2:
+            return "not seen", f"{run.name}: too few lines of training batches come while it runs"
+        reason = f"{run.name}: {unlogged:.2f} s of {seen:.2f} s between lines are not logged"
+        share = (unlogged - SEEN[1]) / seen / SEEN[0]
+        if back > SEEN[0] * seen + SEEN[1]:
+            return "fail", f"{run.name}: the clock lost {back:.2f} s of {seen:.2f} s while it stood"
+        late += [(share, reason)] if share > 1 else []
+    if not late:
+        return "pass", reason
+    if max(run.checkpoints for run in (case.base, case.plain)) > 1:
+        return "not seen", f"{late[0][1]}, but it saved where nobody had asked for it"
+    if len(late) == 1 and late[0][0] < BY_FAR:  # once may be the machine's doing
+        return "not seen", f"{late[0][1]}; the other run is in time"
+    return "fail", late[0][1]
+
+
+@check("firsts", "again_score")
+def first_batch(case):
+    equal = case.same(case.first, case.early)
+    if equal is None:
+        return "not seen", why_not(case, case.first, case.early)
+    if equal:
+        return "pass", f"after one update, tokens beyond {FIRST} batches have done nothing"
+    if case.same(case.first, case.inside):
+        return "not seen", OWN_ORDER
+    if not case.exact:
+        return "not seen", NOT_SEEDED
+    reason = "after one update the models differ when only validation tokens and training tokens"
+    return "fail", f"{reason} beyond {FIRST} batches differ"
+
+
+@check("firsts", "base_score", "again_score")
+def first_update(case):
+    equal = case.same(case.first, case.reseeded)
+    values = [case.losses(run) for run in (case.first, case.base)]
+    if equal is None or values[1] is None:
+        return "not seen", why_not(case, case.first, case.reseeded, case.base)
+    if equal and case.exact:
+        return "fail", "with another seed the model after one update is the same"
+    start, (loss, end) = math.log(case.corpus.mark + 1), (value.mean() for value in values)
+    learnt = (start - loss) / (start - end)
+    reason = f"the model scores {loss:.2f} after one update, {learnt:.0%} of what the run learns"
+    if learnt > LEARNT and case.config.steps >= MANY:
+        return "fail", reason
+    ends = [case.scores[run].parameters[run].items() for run in (case.first, case.base)]
+    still = sorted(name for name, _ in ends[0] & ends[1])
+    after = f"; never moved after that: {printable(', '.join(still))}" if still else ""
+    return "pass", f"{reason}; with another seed it is another{after}"
+
+
+@check("lasts", "only_score", "again_score")
+def other_tokens(case):
+    equal = case.same(case.base, case.changed)
     if equal is None:
         return "not seen", why_not(case, case.base, case.changed)
     if equal:
-        return "pass", "with other validation tokens the final model is the same"
-    return "fail", "the final models differ when only the validation tokens differ"
+        return "pass", "validation tokens, and training tokens beyond the schedule, do nothing"
+    if not case.own_order():
+        reason = "when only validation tokens and training tokens beyond the schedule differ"
+        return "fail", f"the final models differ {reason}"
+    if case.same(case.base, case.only_val) is False:
+        return "fail", "the final models differ when only the validation tokens differ"
+    return "not seen", OWN_ORDER
 
 
-def training_tokens(case):
-    whole, first = same(case, case.base, case.changed), same(case, case.first, case.early)
-    if whole is False and not same(case, case.base, case.only_val):
-        only = case.again("other training tokens", files=lambda: case.changed_files(val=False))
-        whole = same(case, case.base, only)
-    if not case.exact and not first:
-        first = None
-    if whole is None or first is None:
-        return "not seen", why_not(case, case.base, case.changed, case.first, case.early)
-    if whole and first:
-        return "pass", "those beyond the schedule, and at first those beyond its batch, do nothing"
-    inside = case.again(
-        "first update, other batch", flags=case.first_flags, first=True, files=case.first_files
-    )
-    if same(case, case.first, inside):
-        return "not seen", "rows come in an order of its own: how many it reads cannot be told"
-    if not whole:
-        return "fail", "the final models differ when only tokens beyond the schedule differ"
-    reason = f"after one update the models differ when only tokens beyond {FIRST} batches differ"
-    return "fail", reason
+@check("lasts")
+def rising_loss(case):
+    return scored(case, case.rising)
 
 
-def first_update(case):
-    equal = same(case, case.first, case.reseeded)
-    scores = [case.scored[run] for run in (case.first, case.base)]
-    if equal is None or not all(score.ok for score in scores):
-        return "not seen", why_not(case, case.first, case.reseeded, case.base)
-    if equal:
-        return "fail", "with another seed the model after one update is the same"
-    start, (loss, end) = math.log(case.corpus.mark + 1), (s.value.mean() for s in scores)
-    learnt = (start - loss) / (start - end)
-    reason = f"the model scores {loss:.2f} after one update, {learnt:.0%} of what the run learns"
-    known = learnt > LEARNT and case.config.steps >= MANY
-    return "fail" if known else "pass", f"{reason}; with another seed it is another"
-
-
+@check("lasts", "base_score")
 def renumbered_tokens(case):
-    runs = (case.base, case.renumbered)
-    if not all(run.ok for run in runs):
-        return "not seen", why_not(case, *runs)
-    scores = [case.scored[run] for run in runs]
-    known = [
-        score.value.mean() if score.ok else run.run.val_loss
-        for run, score in zip(runs, scores, strict=True)
-    ]
-    reason = f"the loss is {known[1]:.4f} with all tokens renumbered, {known[0]:.4f} as they are"
-    allowed = NUMBERS * (UNTRAINED if case.args.note else 1)
-    if known[1] - known[0] > allowed:
+    values = [case.losses(run) for run in (case.base, case.renumbered)]
+    if any(value is None for value in values):
+        return "not seen", why_not(case, case.base, case.renumbered)
+    known, other = (float(value.mean()) for value in values)
+    reason = f"the loss is {other:.4f} with all tokens renumbered, {known:.4f} as they are"
+    if other - known > NUMBERS * (UNTRAINED if case.args.note else 1):
         return "fail", f"{reason}: the tokens' own numbers tell it something"
-    return "pass", reason
-
-
-def val_loss(case):
-    said = (case.base.run.config or {}).get("val_tokens") if case.base.ok else None
-    for run in (case.renumbered, case.rising, case.base):
-        score = case.scored[run]
-        if not (run.ok and score.ok):
-            return "not seen", why_not(case, run)
-        ours, logged = float(score.value.mean()), run.run.val_loss
-        if logged is None or not abs(ours - logged) <= LOSS[case.cuda]:
-            return "fail", f"{run.name}: the log says {logged}, its checkpoint scores {ours:.6f}"
-    if said != case.val_tokens:
-        return "fail", f"the log's config says {said} validation tokens, not {case.val_tokens}"
-    return "pass", f"the log says {logged}, the checkpoint scores {ours:.6f} on {said:,} tokens"
-
-
-def causality(case):
-    """Each token's loss with its whole row in sight, and with another future."""
-    score = case.scored[case.base]
-    if not (case.prefix.ok and score.ok):
-        return "not seen", case.prefix.why or why_not(case, case.base)
-    whole = np.empty_like(score.value)
-    whole[case.row_order] = score.value
-    gains = case.prefix.value - whole[case.asked_row, case.asked_at]
-    gain, noise = gains[: -case.moved], np.abs(gains[-case.moved :])
-    limit = min(max(EXACT, 5 * float(np.median(noise))), ROUNDED)
-    if (noise > limit).mean() > 0.05:
-        return "fail", f"among other rows a row gets other logits, by up to {noise.max():.2g} nats"
-    wrong = np.abs(gain) > limit
-    mean, error = gain.mean(), gain.std() / math.sqrt(len(gain))
-    if wrong.sum() >= max(2, 3 * len(gain) * (noise > limit).mean()) or mean > LEAK + 4 * error:
-        places = ", ".join(map(str, np.unique(case.asked_at[: -case.moved][wrong])[:4]))
-        reason = f"at {wrong.sum()} of {len(gain)} positions asked (such as {places}) the logits"
-        return "fail", f"{reason} depend on later tokens, worth {mean:.3f} nats a token"
-    kept = f"{len(gain)} positions keep their logits with another future"
-    return "pass", f"{kept}, {case.moved} rows among other rows"
-
-
-def between_lines(run: Training) -> list[float]:
-    """Seconds seen, logged, and of computing, between neighbouring lines of training batches."""
-    pairs = zip(run.lines, run.lines[1:], strict=False)
-    pairs = [(a, b) for a, b in pairs if a.kind == b.kind == "train"]
-    kinds = ("seen", "logged", "spent")
-    return [sum(getattr(b, kind) - getattr(a, kind) for a, b in pairs) for kind in kinds]
-
-
-def clock(case):
-    """Between the lines of training batches nothing happens but training."""
-    runs, late, idle = (case.base, case.changed, case.renumbered, case.plain), [], []
-    if not all(run.ok for run in runs):
-        return "not seen", why_not(case, *runs)
-    for run in runs:
-        seen, logged, spent = between_lines(run)
-        if seen < logged / 2 or seen == 0:  # no such lines, or written at the end
-            return whole_clock(case, runs[:3])
-        if spent < IDLE * seen:
-            idle.append(f"{run.name}: {seen:.2f} s pass between lines, {spent:.2f} s of computing")
-        if seen - logged > SEEN[0] * seen + SEEN[1]:
-            late.append(f"{run.name}: {seen:.2f} s pass between lines that log {logged:.2f} s")
-    for found in (late, idle):
-        if len(found) > 1:  # once may be the machine's doing
-            return "fail", found[0]
-    return "pass", f"{seen:.2f} s pass between lines that log {logged:.2f} s"
-
-
-def whole_clock(case, runs):
-    """Roughly, from the whole run: what is not logged is the start and one validation."""
-    score, start = case.scored[case.base], case.first.first_seen
-    if not (score.ok and start):
-        return "not seen", why_not(case, case.base, case.first)
-    ends = [run.lines[-1] for run in runs if run.lines]
-    if not ends:
-        return "not seen", "no step lines"
-    beside = min(line.seen - line.logged for line in ends)
-    allowed = 2 * (start + score.answering_seen) + EFFORT[1]
-    reason = f"{beside:.1f} s of a run are not logged, of which {allowed:.1f} s may be"
-    return "pass" if beside <= allowed else "fail", f"{reason} start and validation"
+    return scored(case, case.renumbered)[0], reason
 
 
 def pauses(run: Training) -> list[float]:
@@ -302,36 +323,36 @@ def pauses(run: Training) -> list[float]:
     return found
 
 
+@check("lasts", "plain", "base_score")
 def beside_the_clock(case):
     """Validations cost what scoring costs; what precedes the clock does not grow with the run."""
-    runs = (case.base, case.changed, case.renumbered)
-    yardsticks = [case.scored[run].answering for run in runs if case.scored[run].ok]
-    saved = case.short.first_saved or case.first.first_saved
-    if not (all(run.ok and run.lines for run in runs) and yardsticks and saved):
-        return "not seen", why_not(case, *runs, case.first)
-    allowed = EFFORT[0] * max(yardsticks) + EFFORT[1]
-    last = min(max(pauses(run), default=0) for run in runs)
-    usual = float(np.median(pauses(case.plain) or [0]))
-    costs = f"{max(last, usual):.1f} s of computing for a validation, "
-    costs += f"{max(yardsticks):.1f} s for ours"
-    if max(last, usual) > allowed:
+    if not all(run.ok and run.lines for run in (case.base, case.plain, case.rising)):
+        return "not seen", why_not(case, case.base, case.plain, case.rising)
+    yardstick, found = case.base_score.answering, pauses(case.plain)
+    cost = max(max(pauses(case.base), default=0), float(np.median(found or [0])))
+    costs = f"{cost:.1f} s of computing for a validation, {yardstick:.1f} s for ours"
+    if case.base_score.ok and cost > EFFORT[0] * yardstick + EFFORT[1]:
         return "fail", costs
-    late = min(run.lines[0].spent - run.lines[0].logged for run in runs)
-    if len(case.base.lines) > 1 and late > EFFORT[0] * saved + EFFORT[1]:
-        reason = f"{late:.1f} s of computing are not logged when the first line comes"
-        return "fail", f"{reason}; of a short run the first update is saved after {saved:.1f} s"
+    *others, last = pauses(case.rising) or [0]
+    usual = float(np.median(others or [last]))
+    if last > LAST[0] * usual + LAST[1]:
+        return (
+            "fail",
+            f"{last:.1f} s of computing for the last validation, {usual:.1f} s for others",
+        )
+    whole, short = (run.lines[0].spent - run.lines[0].logged for run in (case.base, case.rising))
+    if whole > EFFORT[0] * short + EFFORT[1]:
+        reason = f"{whole:.1f} s of computing are not logged when the first line comes"
+        return "fail", f"{reason}; in a short run {short:.1f} s"
     return "pass", costs
 
 
+@check("lasts", "only_score", "prefixes")
 def left_behind(case):
     for run in case.trainings:
         if run.left:
             return "fail", f"{run.name}: a process was still there after its end: {run.left[0]}"
     return "pass", "no process outlived its run"
-
-
-CHECKS = (source, plain_run, validation_tokens, training_tokens, first_update, renumbered_tokens)
-CHECKS += (val_loss, causality, clock, beside_the_clock, left_behind)
 
 
 # ---------------------------------------------------------------------------------------- a record
@@ -345,7 +366,7 @@ def read_record(folder: Path) -> tuple[list[str], str | None, dict]:
         raise BadInput(f"{folder}: no run_*.txt with a seed and a val_loss; is it a record?")
     argv = found[0].header.get("argv", "").split()
     track = folder.resolve().parent.name
-    flags = without(argv, "seed", "val_every", "log_dir")
+    flags = taken(argv, "seed", "val_every", "log_dir")[1]
     return flags, track if track in TRACKS else None, claims
 
 
@@ -362,13 +383,14 @@ def claim(case):
     return "pass" if abs(ours - claimed) <= allowed else "fail", reason
 
 
-def against(case):
-    """Beside another record: told, not judged; what is faster, a race decides."""
-    runs = (case.plain, case.reference)
+def beside_another(case, other: Training) -> Check:
+    """Told, not judged; what is faster, a race decides."""
+    runs = (case.plain, other)
     if not all(run.ok and run.lines for run in runs):
-        return "not seen", why_not(case, *runs)
+        return Check("against", "not seen", why_not(case, *runs))
     told = [f"{run.lines[-1].logged:.1f} s to {run.run.val_loss:.4f}" for run in runs]
-    return "pass", f"{told[0]}; the other {told[1]} (one pair shows little: race)"
+    reason = f"{told[0]}; the other {told[1]} (one pair shows little: race)"
+    return Check("against", "pass", reason)
 
 
 # -------------------------------------------------------------------------------------------- main
@@ -384,7 +406,7 @@ def parse(argv: list[str]):
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict there, too")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds a run may take [3600]")
     parser.add_argument("--dice", type=int, help="seed of what is asked, to judge alike [drawn]")
-    parser.add_argument("--quiet", action="store_true", help="no line for each run that is over")
+    parser.add_argument("--every_check", action="store_true", help="go on after the first proof")
     args = parser.parse_args(argv[:at])
     args.dice = secrets.randbits(32) if args.dice is None else args.dice
     return args, argv[at + 1 :]
@@ -399,31 +421,31 @@ def read_script(path: Path) -> bytes:
 
 def prepare(args, flags: list[str]) -> Case:
     script, track = read_script(args.script), None
-    args.claims, seed = {}, "0"
+    args.claims, seed = {}, 0
     if args.script.is_dir():
         recorded, track, args.claims = read_record(args.script)
-        flags, seed = recorded + flags, str(min(args.claims))
+        flags, seed = recorded + flags, min(args.claims)
     args.track = args.track or track or "laptop"
     need("torch")
     import torch
 
     import train_gpt
 
-    name, cuda = (
-        value_of(flags, "preset") or (TRACKS[args.track].preset or "gpt2_small"),
-        args.track != "laptop",
-    )
+    for name, value in taken(flags, "seed", "steps", "val_tokens")[0].items():
+        if value and not value.isdigit():
+            raise BadInput(f"--{name} {value}: must be a whole number")
+    given, extra = taken(flags, "preset", "seed", "device", "steps")
+    name, cuda = given["preset"] or TRACKS[args.track].preset, args.track != "laptop"
+    name = name or "gpt2_small"
     if name not in train_gpt.PRESETS:
         raise BadInput(f"--preset {name}: must be one of {', '.join(train_gpt.PRESETS)}")
     if cuda and not torch.cuda.is_available():
         raise BadInput(f"track {args.track} needs a CUDA device; --track laptop needs none")
-    if cuda and not value_of(flags, "steps"):
-        flags = [*flags, "--steps", str(CUDA_STEPS)]
-    extra = without(flags, "preset", "seed", "device")
+    steps = given["steps"] or (CUDA_STEPS if cuda else None)
+    extra += ["--steps", str(steps)] if steps else []
     args.note = f"not the track's flags: {shlex.join(extra)}" if extra else ""
-    for flag, value in (("preset", name), ("seed", seed)):
-        if value_of(flags, flag) is None:
-            flags = [*flags, f"--{flag}", value]
+    flags = ["--preset", name, *extra, "--seed", given["seed"] or str(seed)]
+    flags += ["--device", given["device"]] if given["device"] else []
     digests = TRACKS["laptop"].files if name == "laptop" else None
     limit = 2 * CUDA_STEPS * 2**20 if cuda else None
     corpus = read_corpus(flags, train_gpt.PRESETS[name], limit, digests)
@@ -431,23 +453,31 @@ def prepare(args, flags: list[str]) -> Case:
 
 
 def judge(args, flags: list[str]) -> list[Check]:
-    case, checks = prepare(args, flags), CHECKS
-    if args.claims:
-        checks += (claim,)
-    references = []
+    """The verdict, check by check. It ends with the first proof, unless args.every_check."""
+    case, found = prepare(args, flags), {}
+    checks = CHECKS + [(claim, ("plain",))] * bool(args.claims)
+
+    def settled():
+        for look, after in checks:
+            if look not in found and all(getattr(case, name).over for name in after):
+                found[look] = look(case)
+        return not args.every_check and any(state == "fail" for state, _ in found.values())
+
+    extra = []
     if args.against:
-        checks += (against,)
-        script = read_script(args.against)
-        files = case.corpus.files()
-        case.reference = Training("the other", script, case.plain_flags, files, **case.options)
-        references = [case.reference]
-    case.run(*references)
-    return [Check(check.__name__.replace("_", " "), *check(case)) for check in checks]
+        script, options = read_script(args.against), dict(needs=(case.plain,)) | case.options
+        words = case.plain.flags
+        extra = [Training("the other", script, words, case.corpus.files, **options)]
+    case.run(settled, *extra)
+    settled()
+    skipped = ("skipped", "a proof was found before")
+    told = [Check(c.__name__.replace("_", " "), *found.get(c, skipped)) for c, _ in checks]
+    return told + [beside_another(case, run) for run in extra]
 
 
 def report(args, checks: list[Check], seconds: float) -> int:
     states = {check.state for check in checks}
-    code = 1 if "fail" in states else 3 if "not seen" in states else 0
+    code = 1 if "fail" in states else 3 if states != {"pass"} else 0
     verdict = {0: "legal", 1: "not legal", 3: "nothing against it, but not judged in full"}[code]
     told = set()
     for check in checks:

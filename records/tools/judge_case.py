@@ -3,21 +3,21 @@
 import math
 import os
 import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data import shards
-from records.tools.command import BadInput
-from records.tools.judge_runs import Answers, Training, run_all
+from records.tools.command import BadInput, Parser
+from records.tools.judge_runs import NOT_NEEDED, Answers, Job, Training, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = 2  # batches whose tokens the first update may depend on: its own, or one twice as large
 QUESTIONS = 1536  # positions at which the model is shown the prefix alone
 ASKED_AT_ONCE = 8192  # tokens, or one row
-PROBED = 256  # rows on which models are compared where all would take too long
+PROBED = 64  # rows on which models are compared where all would take too long
+SHORT = 9  # steps at least, of a run that need not be long
 REPEATED = 1.5  # times as far apart as two runs of the same, where these are not equal, is equal
 RUN_LOCAL = ("log_dir", "checkpoint_every", "checkpoint_dir", "train_files", "val_files")
 
@@ -25,30 +25,18 @@ RUN_LOCAL = ("log_dir", "checkpoint_every", "checkpoint_dir", "train_files", "va
 # ------------------------------------------------------------------------------------------- flags
 
 
-def without(flags: list[str], *names: str) -> list[str]:
-    """The flags but for these and their values; --no_name counts as name."""
-    kept, dropping = [], False
-    for word in flags:
-        if word.startswith("--"):
-            dropping = word[2:].partition("=")[0].removeprefix("no_") in names
-        if not dropping:
-            kept.append(word)
-    return kept
-
-
-def value_of(flags: list[str], name: str) -> str | None:
-    """The (first) value given for a flag."""
-    for word, after in zip(flags, [*flags[1:], ""], strict=False):
-        if word == f"--{name}":
-            return after
-        if word.startswith(f"--{name}="):
-            return word.partition("=")[2]
-    return None
+def taken(flags: list[str], *names: str) -> tuple[dict, list[str]]:
+    """{name: its (last) value or None}, and the flags but for these."""
+    parser = Parser("judge", "", add_help=False)
+    for name in names:
+        parser.add_argument(f"--{name}")
+    values, rest = parser.parse_known_args(flags)
+    return vars(values), rest
 
 
 def with_flags(flags: list[str], **values) -> list[str]:
     words = [word for name, value in values.items() for word in (f"--{name}", str(value))]
-    return without(flags, *values) + words
+    return taken(flags, *values)[1] + words
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -63,9 +51,8 @@ class Corpus:
     paths: tuple[str, str]
     mark: int  # the token before each document, the last of the vocabulary
 
-    def files(self, train=None, val=None) -> dict[str, np.ndarray]:
-        train = self.train if train is None else train
-        return dict(zip(self.paths, (train, self.val if val is None else val), strict=True))
+    def files(self) -> dict[str, np.ndarray]:
+        return {self.paths[0]: self.train, self.paths[1]: self.val}
 
     def renumbered(self, rng) -> "Corpus":
         """Each token but the mark under another number: any for bytes, a near one where numbers
@@ -90,8 +77,8 @@ def read_corpus(flags: list[str], preset, limit: int | None, digests: dict | Non
     """The data of a preset, or of --train_files and --val_files. limit: tokens that are enough.
     digests: {file name: sha256} that the preset's data must have."""
     streams, paths = [], []
-    for flag in ("train_files", "val_files"):
-        given, default = value_of(flags, flag), getattr(preset, flag)
+    for flag, given in taken(flags, "train_files", "val_files")[0].items():
+        default = getattr(preset, flag)
         pattern = Path(given or ROOT / default)
         found = sorted(pattern.parent.glob(pattern.name))
         if not found:
@@ -113,71 +100,26 @@ class Places:
 
     pattern = "the training tokens"
 
-    def __init__(self, corpus: Corpus, config):
-        import train_gpt
-
-        self.seq_len, self.documents = config.seq_len, None
-        self.rows = (len(corpus.train) - 1) // self.seq_len
-        if config.max_document:  # rows start at documents
-            with tempfile.TemporaryDirectory() as folder:
-                path, room = Path(folder, "train.bin"), self.seq_len + 1
-                shards.write_shard(path, corpus.train)
-                self.documents = train_gpt.pack(path, corpus.mark, room, config.max_document)
-            self.rows = len(self.documents)
+    def __init__(self, count: int, seq_len: int):
+        self.count, self.seq_len = count, seq_len
 
     def __len__(self):
-        return self.rows
+        return (self.count - 1) // self.seq_len
 
     def read(self, numbers) -> np.ndarray:
-        if self.documents is None:
-            return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        rows = [[np.arange(at, at + n) for at, n in self.documents[row]] for row in numbers]
-        return np.stack([np.concatenate(row) for row in rows])
-
-
-def loader(corpus: Corpus, config):
-    """Our own batches of places, rows in the stream's order where they start at documents, else
-    spread."""
-    import train_gpt
-
-    order = replace(config, spread_rows=not config.max_document, epochs_allowed=2**20)
-    return train_gpt.Batches(Places(corpus, config), order)
-
-
-def scheduled(corpus: Corpus, config, first: int, last: int) -> np.ndarray:
-    """bool [len(corpus.train)]: tokens of the batches of steps first..last - 1."""
-    used, batches = np.zeros(len(corpus.train), bool), loader(corpus, config)
-    for step in range(first, last):
-        used[batches.batch_at(step)] = True
-    return used
-
-
-# ------------------------------------------------------------------------------------------ losses
+        return np.asarray(numbers)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
 
 
 def losses(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-log softmax(logits)[target] in fp64, nats: logits [..., V], targets [...].
-    Raises ValueError where there are too few logits for the targets."""
-    import torch
-
-    if logits.shape[-1] <= targets.max():
-        raise ValueError(f"{logits.shape[-1]} logits for target {targets.max()}")
-    flat, wanted = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1).astype(np.int64)
-    found = np.empty(len(flat))
-    for start in range(0, len(flat), 8192):
-        piece = slice(start, start + 8192)
-        part, index = torch.from_numpy(flat[piece]).double(), torch.from_numpy(wanted[piece])
-        chosen = part.gather(-1, index[:, None]).squeeze(-1)
-        found[piece] = part.logsumexp(-1) - chosen
-    return found.reshape(targets.shape)
+    """-log softmax(logits)[target] in fp64, nats: logits [N, V], targets [N]."""
+    whole = np.array([np.logaddexp.reduce(row, dtype=np.float64) for row in logits])
+    return whole - logits[np.arange(len(logits)), targets]
 
 
 def batch_sizes(count: int, most: int, rng) -> list[int]:
     """Random sizes of batches that hold `count` rows together."""
-    sizes = []
-    while sum(sizes) < count:
-        sizes.append(int(min(rng.integers(1, most + 1), count - sum(sizes))))
-    return sizes
+    ends = np.cumsum(rng.integers(1, most + 1, count)).clip(max=count)
+    return np.diff(np.unique(ends), prepend=0).tolist()
 
 
 # -------------------------------------------------------------------------------------------- case
@@ -189,141 +131,177 @@ class Case:
     def __init__(self, script: bytes, flags: list[str], corpus: Corpus, preset, cuda: bool, args):
         self.script, self.corpus, self.preset, self.cuda = script, corpus, preset, cuda
         self.args, self.rng = args, np.random.default_rng(args.dice)
-        self.val_tokens = int(value_of(flags, "val_tokens") or preset.val_tokens)
-        self.seed = int(value_of(flags, "seed") or 0)
-        self.plain_flags = with_flags(without(flags, *RUN_LOCAL), seed=self.seed)
-        self.flags = with_flags(self.plain_flags, val_every=0, checkpoint_every=10**6)
-        self.first_flags = with_flags(self.flags, checkpoint_every=1)
+        given = taken(flags, "val_tokens", "seed")[0]
+        self.val_tokens = int(given["val_tokens"] or preset.val_tokens)
+        self.seed = int(given["seed"] or 0)
         self.other = corpus.renumbered(self.rng)
         self.other_val = corpus.other_val(self.rng)
-        self.bytes = corpus.mark == shards.BYTE_VOCAB - 1
         self.options = dict(cuda=cuda, timeout=args.timeout)
-        self.trainings, self.scored, self.exact, self.noise = [], {}, True, 0.0
+        self.trainings, self.scores = [], {}
+        self.declare(with_flags(taken(flags, *RUN_LOCAL)[1], seed=self.seed))
+
+    def declare(self, plain: list[str]):
+        """All runs, those first that tell most. plain: flags as users give them."""
+        flags = with_flags(plain, val_every=0, checkpoint_every=10**6)
+        early = with_flags(flags, checkpoint_every=self.preset.adam_every)
+        other_seed = with_flags(early, seed=self.seed + 1)
+        other, train, score = self.other_files, self.train, self.score
+        self.base = train("base run", flags, needs=())
+        self.base.after = self.read_config
+        self.base_score = score(self.base)
+        self.plain = train("plain run", plain, after_run=self.base, needs=(self.base,))
+        self.prefixes = Answers(
+            "prefixes", self.script, [self.base], self.ask_prefixes, other, **self.options
+        )
+        self.first = train("first update", early, first=True)
+        self.early = train("first update, other tokens", early, self.early_files, first=True)
+        self.inside = train("first update, other batch", early, self.inside_files, first=True)
+        self.reseeded = train("first update, other seed", other_seed, first=True)
+        self.firsts = score(self.first, self.early, self.inside, self.reseeded)
+        conditions = dict(wanted=self.plain_differs, needs=(self.plain,))
+        self.again = train("base run alone", flags, alone=True, **conditions)
+        self.again_score = score(self.again)
+        self.changed = train("other tokens", flags, self.changed_files)
+        self.rising = train("worse at the end", lambda: self.rising_flags(flags), self.worse)
+        self.renumbered = train("renumbered tokens", flags, self.other.files)
+        self.lasts = score(self.changed, self.rising, self.renumbered)
+        conditions = dict(wanted=self.own_order, needs=(self.lasts, self.firsts))
+        self.only_val = train("other validation tokens", flags, other, **conditions)
+        self.only_score = score(self.only_val)
+        self.jobs = [job for job in vars(self).values() if isinstance(job, Job)]
 
     # runs
 
-    def train(self, name, flags=None, files=None, needs=(), **more) -> Training:
-        files = files or self.corpus.files()
+    def train(self, name, flags, files=None, **more) -> Training:
+        """Where the base run cannot be scored, no other run is of use that says no other needs."""
+        if "needs" not in more:
+            more["needs"] = (self.base_score,)
         ranks = int(os.environ.get("NPROC", 1)) if self.cuda else 1
-        options = self.options | dict(ranks=ranks) | more
-        run = Training(name, self.script, flags or self.flags, files, needs, **options)
+        flags = flags if callable(flags) else lambda given=flags: given
+        files = files or self.corpus.files
+        run = Training(name, self.script, flags, files, ranks=ranks, **self.options | more)
         self.trainings.append(run)
         return run
 
-    def run(self, *extra: Training):
-        """All that a legal script needs; the checks ask for more where something differs."""
-        self.base = self.train("base run")
-        self.base.after = self.read_config
-        after_base = dict(needs=(self.base,))
-        self.plain = self.train("plain run", self.plain_flags)
-        self.changed = self.train("other tokens", files=self.changed_files, **after_base)
-        self.rising = self.train("worse at the end", self.rising_flags, self.worse, **after_base)
-        self.renumbered = self.train("renumbered tokens", files=self.other.files())
-        first = dict(first=True, **after_base)
-        self.first = self.train("first update", self.first_flags, **first)
-        self.early = self.train(
-            "first update, other tokens", self.first_flags, self.later_files, **first
-        )
-        seed = with_flags(self.first_flags, seed=self.seed + 1)
-        self.reseeded = self.train("first update, other seed", seed, **first)
-        self.short = self.train("short run", self.short_flags, **first)
-        self.prefix = self.prefixes(self.base)
-        for run in (self.base, self.changed):
-            self.score(run)
-        self.score(self.renumbered, corpus=self.other)
-        self.score(self.rising, pick=lambda order: order[order < PROBED])
-        for run in (self.first, self.early, self.reseeded):
-            self.score(run, pick=lambda order: order[:PROBED])
-        self.start(*self.trainings, *extra, self.prefix, *self.scored.values())
-        if self.plain.ok and self.base.ok and self.plain.losses != self.base.losses:
-            self.repeat()
-
-    def repeat(self):
-        """Is the base run repeated bit for bit? If not, how far apart are two of the same?"""
-        again = self.again("base run again")
-        self.exact = again.losses == self.base.losses
-        scores = [self.scored[run] for run in (self.base, again)]
-        if not self.exact and all(score.ok for score in scores):
-            self.noise = REPEATED * float(np.abs(scores[0].value - scores[1].value).mean())
-
-    def start(self, *jobs):
-        run_all(jobs, at_once=1 if self.cuda else 2, say=self.say)
-
-    def again(self, name: str, **change) -> Training:
-        """One more run, scored, to see which of several changes mattered."""
-        run = self.train(name, **change)
-        pick = (lambda order: order[:PROBED]) if run.first else None
-        self.start(run, self.score(run, pick=pick))
-        return run
+    def run(self, settled, *extra: Job):
+        at_once = 1 if self.cuda else 2
+        run_all([*self.jobs, *extra], at_once, self.say, settled)
 
     def say(self, text: str):
-        if not self.args.quiet:
-            print(f"  {text}", file=sys.stderr, flush=True)
+        print(f"  {text}", file=sys.stderr, flush=True)
 
     def read_config(self):
-        """Our own Config of what the base run's log says, for the order of rows; and its tokens."""
-        ours = vars(self.preset)
-        known = dict.fromkeys(("val_seq_len", "max_document", "extension"), 0)  # unless it says so
-        for name, value in (self.base.run.config or {}).items():
-            if name in ours:
-                several = isinstance(ours[name], tuple)
-                known[name] = tuple(np.atleast_1d(value).tolist()) if several else value
+        """Our own Config of what the base run's log says, for the order of rows."""
+        ours, said = vars(self.preset), self.base.run.config or {}
+        known = dict(val_seq_len=0, extension=0)  # unless the log says so
+        for name in ours.keys() & said.keys():
+            several = isinstance(ours[name], tuple)
+            known[name] = tuple(np.atleast_1d(said[name]).tolist()) if several else said[name]
         try:
             config = replace(self.preset, **known | dict(val_tokens=self.val_tokens))
             self.row_order = self.rng.permutation(config.val_tokens // config.val_len)
-            planned = int(loader(self.corpus, config).first[-1]) * config.seq_len
-            tokens = int(self.base.run.result["tokens"])
-            if tokens > planned:  # a schedule of its own, told in the result
-                config = replace(config, steps=math.ceil(config.steps * tokens / planned))
+            planned = len(self.places(config, 0, config.steps)) * config.seq_len
+            more = int(self.base.run.result["tokens"]) / planned  # a schedule of its own
+            self.config = replace(config, steps=math.ceil(config.steps * max(1, more)))
         except Exception as error:  # whatever the script wrote there
             self.base.why = f"its log's config or result cannot be used ({type(error).__name__})"
-            return
-        self.config, self.tokens = config, max(tokens, planned)
+
+    # what is compared
+
+    def losses(self, run: Training) -> np.ndarray | None:
+        """Ours, by its checkpoint's logits: [rows, T]."""
+        return self.scores[run].value.get(run)
+
+    def same(self, a: Training, b: Training) -> bool | None:
+        """Are their models equal, by our losses? None: nothing to compare."""
+        x, y = self.losses(a), self.losses(b)
+        if x is None or y is None:
+            return None
+        difference = np.abs(x - y)
+        return bool(difference.max() == 0 or difference.mean() <= self.noise)
+
+    def plain_differs(self) -> bool:
+        ends = [run.run.val_loss for run in (self.base, self.plain)]
+        return ends[0] != ends[1] or self.plain.losses != self.base.losses
+
+    def own_order(self) -> bool:
+        """Does it read rows in an order of its own, so that what it reads cannot be told?"""
+        changed = self.same(self.base, self.changed) is False
+        return changed and self.same(self.first, self.inside) is True
+
+    @property
+    def exact(self) -> bool:
+        """Is a run repeated bit for bit?"""
+        return self.again.why == NOT_NEEDED or self.again.losses == self.base.losses
+
+    @property
+    def noise(self) -> float:
+        """How far apart are two of the same, nats?"""
+        x, y = self.losses(self.base), self.losses(self.again)
+        if self.exact or x is None or y is None:
+            return 0.0
+        return REPEATED * float(np.abs(x - y).mean())
 
     # what a run is given
 
-    def kept(self, steps: int, tokens: int) -> np.ndarray:
-        """bool: what the first steps may depend on. Rows spread, or in the stream's order; there
-        with room for rows that skip the ends of documents."""
-        used = scheduled(self.corpus, self.config, 0, steps)
-        used[: 2 * tokens + 1] = True
+    def places(self, config, first: int, last: int) -> np.ndarray:
+        """[N, T + 1]: where in the stream the tokens of steps first..last - 1 stand, if rows are
+        spread over it."""
+        import train_gpt
+
+        order = replace(config, spread_rows=True, epochs_allowed=2**20)
+        batches = train_gpt.Batches(Places(len(self.corpus.train), config.seq_len), order)
+        rows = [batches.batch_at(step) for step in range(first, last)]
+        return np.concatenate([np.zeros((0, config.seq_len + 1), int), *rows])
+
+    def scheduled(self, config, first: int, last: int) -> np.ndarray:
+        """bool [tokens]: those of the batches of steps first..last - 1, of rows spread over the
+        stream, or in its order; there with room for rows that skip the ends of documents."""
+        used = np.zeros(len(self.corpus.train), bool)
+        start, end = (len(self.places(config, 0, step)) * config.seq_len for step in (first, last))
+        used[start : 2 * end] = True
+        used[self.places(config, first, last)] = True
         return used
 
-    def changed_files(self, val=True, train=True):
-        """Other validation tokens, and other training tokens beyond the schedule."""
-        other_train = None
-        if train:
-            beyond = ~self.kept(self.config.steps, self.tokens)
-            other_train = self.corpus.other_train(beyond, self.rng)
-        return self.corpus.files(other_train, self.other_val if val else None)
+    def other_files(self, changed=None, val=True):
+        """Other training tokens where changed [bool], and other validation tokens."""
+        corpus = replace(self.corpus, val=self.other_val) if val else self.corpus
+        if changed is not None:
+            corpus = replace(corpus, train=corpus.other_train(changed, self.rng))
+        return corpus.files()
+
+    def changed_files(self):
+        """... beyond the schedule."""
+        return self.other_files(~self.scheduled(self.config, 0, self.config.steps))
 
     def first_batches(self) -> np.ndarray:
-        batch = int(loader(self.corpus, self.config).first[1]) * self.config.seq_len
-        return self.kept(min(FIRST, self.config.steps), FIRST * batch)
+        batches = min(FIRST * self.preset.adam_every, self.config.steps)
+        return self.scheduled(self.config, 0, batches)
 
-    def later_files(self):
-        return self.corpus.files(self.corpus.other_train(~self.first_batches(), self.rng))
+    def early_files(self):
+        """... beyond the first batches."""
+        return self.other_files(~self.first_batches())
 
-    def first_files(self):
-        """Other tokens in the first batches, but for the very first row: all orders begin there."""
+    def inside_files(self):
+        """... in the first batches, but for the very first row: all orders begin there."""
         inside = self.first_batches()
         inside[: 2 * self.config.seq_len] = False
-        return self.corpus.files(self.corpus.other_train(inside, self.rng))
+        return self.other_files(inside, val=False)
 
     def worse(self):
-        """The last third of the schedule is noise: the loss rises."""
-        steps = self.config.steps
-        late = scheduled(self.corpus, self.config, steps - max(1, steps // 3), steps)
-        late[self.tokens - self.tokens // 3 :] = True
-        return self.corpus.files(self.corpus.other_train(late, self.rng))
+        """The last third of a short schedule is noise: the loss rises."""
+        config, change = replace(self.config, steps=self.short), self.short - self.short // 3
+        late = self.scheduled(config, change, self.short)
+        late[self.places(config, 0, change)] = False
+        return self.other_files(late, val=False)
 
-    def short_flags(self):
-        return with_flags(self.first_flags, steps=max(2, self.config.steps // 10))
+    @property
+    def short(self) -> int:
+        return max(min(SHORT, self.config.steps), self.config.steps // 3)
 
-    def rising_flags(self):
+    def rising_flags(self, flags):
         tokens = min(self.val_tokens, PROBED * self.config.val_len)
-        every = max(1, self.config.steps // 3)
-        return with_flags(self.flags, val_every=every, val_tokens=tokens)
+        return with_flags(flags, steps=self.short, val_every=self.short // 3, val_tokens=tokens)
 
     # what a model is asked
 
@@ -338,56 +316,39 @@ class Case:
         flat = corpus.val[: count * length + 1].astype(np.int64)
         return np.lib.stride_tricks.sliding_window_view(flat, length + 1)[::length]
 
-    def score(self, run: Training, pick=None, corpus=None) -> Answers:
-        """Our losses [rows, T] of a run's checkpoint: of all rows in a random order, the same for
-        every model, so that neighbours tell nothing; or of those that pick(order) leaves.
+    def score(self, *runs: Training) -> Answers:
+        """Our losses of their models on all rows in a random order, the same for every model, so
+        that neighbours tell nothing; of short runs on the first ones."""
 
-        Logits come back where that is possible; else losses, whose sample `prefixes` checks."""
-
-        def chosen():
-            order = pick(self.row_order) if pick else self.row_order
-            return self.rows(corpus or self.corpus)[order]
-
-        def ask():
-            rows = chosen()
+        def ask(run):
+            order, small = self.row_order, run.first or run is self.rising
+            corpus = self.other if run is self.renumbered else self.corpus
+            rows = self.rows(corpus)[order[order < PROBED] if small else order]
             dice = np.random.default_rng([self.args.dice, len(rows)])
-            return (
-                rows[:, :-1] if self.bytes else rows,
-                batch_sizes(len(rows), self.most, dice),
-                None,
-            )
+            return rows, batch_sizes(len(rows), self.most, dice), None
 
-        def reduce(answers):
-            return losses(answers, chosen()[:, 1:]) if self.bytes else answers.astype(np.float64)
+        name = f"score of {', '.join(run.name for run in runs)}"
+        answers = Answers(name, self.script, runs, ask, self.other_files, **self.options)
+        self.scores |= dict.fromkeys(runs, answers)
+        return answers
 
-        answer = "logits" if self.bytes else "losses"
-        name = f"score of {run.name}"
-        self.scored[run] = Answers(name, run, ask, answer, reduce, (self.base,), **self.options)
-        return self.scored[run]
+    def ask_prefixes(self, run):
+        """One position of each of Q rows, all later tokens being another row's."""
+        if hasattr(self, "question"):
+            return self.question
+        rows = self.rows(self.corpus)
+        count, length = len(rows), self.config.val_len
+        asked = min(QUESTIONS, max(count, 4 * length))
+        self.asked_at = np.sort(np.resize(np.arange(length), asked))  # short prefixes first
+        self.asked_row = np.resize(self.rng.permutation(count), asked)
+        shown = rows[self.asked_row, :-1]
+        others = np.roll(shown, asked // 2, axis=0)  # no row's future is in its batch
+        later = np.arange(length) > self.asked_at[:, None]
+        sizes = batch_sizes(asked, self.most, self.rng)
+        self.question = np.where(later, others, shown), sizes, self.asked_at.tolist()
+        return self.question
 
-    def prefixes(self, run: Training) -> Answers:
-        """Our losses [Q] at one position of each of Q rows, all later tokens being another row's;
-        the last ones are whole rows, only moved."""
-
-        def ask():
-            rows = self.rows(self.corpus)
-            count, length = len(rows), self.config.val_len
-            mixed = self.rng.permutation(count)
-            self.moved = max(1, count // 4)
-            tested = mixed[self.moved :] if count > 1 else mixed
-            asked = min(QUESTIONS, count * length // 4)
-            at = np.sort(np.resize(np.arange(length), asked))  # of one row, short prefixes first
-            self.asked_row = np.append(np.resize(tested, asked), mixed[: self.moved])
-            self.asked_at = np.append(at, np.full(self.moved, length - 1))
-            shown = rows[self.asked_row, :-1].copy()
-            future = rows[self.rng.permutation(np.resize(mixed, len(shown))), :-1]
-            later = np.arange(length) > self.asked_at[:, None]
-            shown[later] = future[later]
-            sizes = batch_sizes(len(shown), self.most, self.rng)
-            return shown, sizes, self.asked_at.tolist()
-
-        def reduce(answers):
-            return losses(answers, self.rows(self.corpus)[self.asked_row, self.asked_at + 1])
-
-        name = f"prefixes to {run.name}"
-        return Answers(name, run, ask, "position", reduce, **self.options)
+    def prefix_losses(self) -> np.ndarray:
+        """Our losses [Q] of the targets behind the prefixes."""
+        targets = self.rows(self.corpus)[self.asked_row, self.asked_at + 1]
+        return losses(self.prefixes.value[self.base], targets)

@@ -1,5 +1,5 @@
-"""The processes of a judged script: each in a folder, a home and a session of its own, its log read
-while it grows and stamped by our clock. What they leave is taken into memory; the folder goes."""
+"""The processes of a judged script: each in a folder and a session of its own, its log read while
+it grows and stamped by our clock. What they leave is taken into memory; the folder goes."""
 
 import contextlib
 import ctypes
@@ -24,11 +24,13 @@ from records.tools.command import printable
 
 TICK = 0.02  # seconds between two looks at all processes
 PASSED_ON = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "USER", "SHELL", "TERM", "VIRTUAL_ENV")
-PASSED_ON += ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "SYSTEMROOT")
+PASSED_ON += ("HOME", "TMPDIR", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES")
+SET = ("OMP_", "MALLOC_")  # by runs.environment()
 STEP = re.compile(
     rb"^step:(\d+)/\d+ (?:.* )?(train|val)_loss:(\S+) (?:.* )?train_time:([\d.]+)ms", re.M
 )
 ANSWER = Path(__file__).with_name("judge_answer.py")
+NOT_NEEDED = "not needed"
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -50,56 +52,54 @@ def adopt_orphans():
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
+def stat(pid) -> list[str]:
+    """What Linux tells of a process, from its state on; empty where there is none."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
 def children() -> set[int]:
     """Processes whose parent is this one."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.add(int(path.parent.name))
-    return found
-
-
-def cpu_seconds(pid: int) -> float | None:
-    """Processor time of a process and of the children it has waited for."""
-    try:
-        ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
-    except OSError:
-        return None
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+    pids = [path.name for path in Path("/proc").glob("[0-9]*")]
+    return {int(pid) for pid in pids if stat(pid)[1:2] == [str(os.getpid())]}
 
 
 class Job:
-    """One process of the script. fill(job): called when all `needs` are over; it sets the words of
-    the command and writes into the folder."""
+    """One process of the script, started when all `needs` are over.
 
-    def __init__(self, name: str, script: bytes, fill, needs=(), cuda=False, timeout=3600.0):
-        self.name, self.script, self.fill, self.needs = name, script, fill, needs
+    wanted() says then whether there is any use for it; after() is called when it has ended well."""
+
+    def __init__(self, name, script: bytes, needs=(), wanted=None, cuda=False, timeout=3600.0):
+        self.name, self.script, self.needs, self.wanted = name, script, needs, wanted
         self.cuda, self.timeout = cuda, timeout
-        self.process, self.home, self.over, self.why, self.left = None, None, False, "", []
-        self.words: list[str] = []
-        self.after = lambda: None  # called when it has ended well
+        self.process, self.folder, self.over, self.why, self.left = None, None, False, "", []
+        self.after = lambda: None
         self.lock, self.enough = threading.Lock(), False  # enough: nothing more is wanted of it
+        self.computed = 0.0
 
     @property
     def ok(self) -> bool:
         return self.over and not self.why
 
+    def refused(self) -> str:
+        """Why it is not to be started, if so."""
+        failed = [need.why for need in self.needs if need.why]
+        return failed[0] if failed else NOT_NEEDED if self.wanted and not self.wanted() else ""
+
     def start(self):
-        self.home = Path(tempfile.mkdtemp())  # a name that says nothing
-        self.folder = self.home / "speedrun"
-        for folder in (self.folder, self.home / "tmp"):
-            folder.mkdir()
+        if not self.folder:
+            home = Path.home()  # nobody's clone is in a folder for temporary files
+            place = home if os.access(home, os.W_OK) else None
+            self.folder = Path(tempfile.mkdtemp(prefix="speedrun_", dir=place))
         (self.folder / "train_gpt.py").write_bytes(self.script)
-        self.fill(self)
-        env = {name: value for name, value in os.environ.items() if name in PASSED_ON}
+        words = self.prepare()
         own = runs.environment()
-        env |= {name: own[name] for name in own if name.startswith(("OMP_", "MALLOC_"))}
-        env |= {"HOME": str(self.home), "TMPDIR": str(self.home / "tmp"), "PWD": str(self.folder)}
-        self.began, self.computed = time.monotonic(), 0.0
-        self.output = open(self.home / "output", "w+b")
+        env = {name: own[name] for name in own if name in PASSED_ON or name.startswith(SET)}
+        env |= {"PWD": str(self.folder)} | self.own_places()
+        self.began, self.output = time.monotonic(), tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            [sys.executable, *self.words],
+            [sys.executable, *words],
             cwd=self.folder,
             env=env,
             stdin=subprocess.DEVNULL,
@@ -108,11 +108,15 @@ class Job:
             start_new_session=True,
         )
 
+    def own_places(self) -> dict[str, str]:
+        return {}
+
     def spent(self) -> float:
-        """Seconds of computing so far: processor time, or on CUDA all time."""
+        """Seconds of computing so far, with that of children it waited for; on CUDA all time."""
         if self.cuda:
             return time.monotonic() - self.began
-        self.computed = cpu_seconds(self.process.pid) or self.computed  # it may be over
+        ticks = sum(map(int, stat(self.process.pid)[11:15]))
+        self.computed = ticks / os.sysconf("SC_CLK_TCK") or self.computed  # it may be over
         return self.computed
 
     def poll(self):
@@ -120,21 +124,21 @@ class Job:
         with self.lock:
             ended = self.process.poll() is not None
         late = time.monotonic() - self.began > self.timeout
-        if ended or self.enough or late:
-            self.end()
-            code = self.process.returncode
-            if late and not ended:
-                self.why = f"it did not end within {self.timeout:g} s"
-            elif ended and code and not self.why:
-                self.why = f"it ended with exit code {code}: {self.last_words()}"
-            try:
-                self.collect()
-            finally:
-                self.close()
+        if not (ended or self.enough or late):
+            return
+        self.end()
+        code = self.process.returncode
+        if late and not ended:
+            self.why = f"it did not end within {self.timeout:g} s"
+        elif ended and code:
+            self.why = f"it ended with exit code {code}: {self.last_words()}"
+        try:
+            self.collect()
+        finally:
+            self.over = True
 
     def last_words(self) -> str:
-        size = self.output.seek(0, os.SEEK_END)
-        self.output.seek(max(0, size - 4000))
+        self.output.seek(max(0, self.output.seek(0, os.SEEK_END) - 4000))
         lines = self.output.read().decode(errors="replace").strip().splitlines()
         return printable(lines[-1].strip() if lines else "it said nothing", 160)
 
@@ -145,13 +149,10 @@ class Job:
     def look(self):
         """Called every tick while the process lives, by a thread that does nothing else."""
 
-    def collect(self):
-        """Take what is wanted out of the folder."""
-
     def end(self):
         """Kill the process and its session. After one that ended by itself, see end_strays()."""
         with self.lock:
-            alive = self.process.poll() is None
+            alive = self.process and self.process.poll() is None
         if alive:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -159,49 +160,59 @@ class Job:
 
     def close(self):
         """Nothing of it stays: no process, no file."""
-        if self.process:
-            self.end()
-            self.output.close()
-        self.over = True
-        if self.home:
-            shutil.rmtree(self.home, ignore_errors=True)
+        self.end()
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-
-class Training(Job):
-    """A run of the script on given data. first: end it as soon as its first checkpoint is whole.
-
-    Afterwards: lines, log (bytes), run (logs.Run), checkpoint (bytes), touched (our files that it
-    changed)."""
-
-    def __init__(self, name, script, flags, data: dict, needs=(), first=False, ranks=1, **options):
-        """data: {path in the folder: tokens}. It and flags may be callables, called when the needs
-        are over."""
-        super().__init__(name, script, self.prepare, needs, **options)
-        self.flags, self.data, self.first, self.ranks = flags, data, first, ranks
-        self.lines, self.log, self.run, self.checkpoint, self.touched = [], b"", None, b"", []
-        self.held, self.parsed, self.first_saved = None, 0, None
-        self.first_seen = None
-
-    def prepare(self, job):
-        self.hashes = {"train_gpt.py": shards.sha256_file(self.folder / "train_gpt.py")}
-        data = self.data() if callable(self.data) else self.data
-        self.flags = list(self.flags() if callable(self.flags) else self.flags)
-        for path, tokens in data.items():
+    def fill(self, files: dict):
+        """Shards of these tokens, {path in the folder: tokens}."""
+        for path, tokens in files.items():
             place = self.folder / path
             place.parent.mkdir(parents=True, exist_ok=True)
             shards.write_shard(place, tokens)
-            self.hashes[path] = shards.sha256_file(place)
-            shards.record(place.parent, {place.name: self.hashes[path]})
+            shards.record(place.parent, {place.name: shards.sha256_file(place)})
+
+
+class Training(Job):
+    """A run of the script. first: end it as soon as its first checkpoint is whole. after_run: run
+    it in the folder that this one left. alone: with a home of its own.
+
+    Afterwards: lines, log (bytes), run (logs.Run), checkpoint (bytes), checkpoints (how many),
+    touched (did it change its own file?)."""
+
+    def __init__(
+        self, name, script, flags, files, first=False, after_run=None, alone=False, ranks=1, **more
+    ):
+        """flags() -> words; files() -> {path in the folder: tokens}; called when the needs are
+        over."""
+        super().__init__(name, script, **more)
+        self.flags, self.data, self.first, self.ranks = flags, files, first, ranks
+        self.after_run, self.alone = after_run, alone
+        self.lines, self.log, self.run, self.checkpoint, self.touched = [], b"", None, b"", False
+        self.held, self.parsed, self.checkpoints = None, 0, 0
+
+    def prepare(self):
+        self.fill(self.data())
+        self.flags = [str(word) for word in self.flags()]
+        for older in self.files("logs/*.txt"):  # which after_run left
+            older.unlink()
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-        self.words = [*launcher * (self.ranks > 1), "train_gpt.py", *self.flags]
+        return [*launcher * (self.ranks > 1), "train_gpt.py", *self.flags]
+
+    def start(self):
+        if self.after_run:
+            self.folder = self.after_run.folder
+        super().start()
+
+    def own_places(self):
+        return dict.fromkeys(("HOME", "TMPDIR"), str(self.folder)) if self.alone else {}
 
     def look(self):
         self.read_lines()
-        found = self.checkpoints() if self.first else []
+        found = self.saved() if self.first else []
         if found and not self.held:
             with contextlib.suppress(OSError):
                 self.held = open(found[0], "rb")
-                self.first_saved, self.first_seen = self.spent(), time.monotonic() - self.began
         # Whole when the next one is there; the open file outlives its name
         self.enough = self.held is not None and len(found) > 1
 
@@ -210,7 +221,7 @@ class Training(Job):
         """{step: loss as written} of the lines of training batches."""
         return {line.step: line.loss for line in self.lines if line.kind == "train"}
 
-    def checkpoints(self) -> list[Path]:
+    def saved(self) -> list[Path]:
         paths = self.files("checkpoints/**/*.pt")
         return sorted(paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
 
@@ -226,81 +237,85 @@ class Training(Job):
         for found in STEP.finditer(self.log, begin, self.parsed):
             step, kind, loss, ms = (part.decode(errors="replace") for part in found.groups())
             with contextlib.suppress(ValueError):
+                float(loss)
                 self.lines.append(Line(seen, spent, int(step), kind, loss, float(ms) / 1000))
 
     def collect(self):
         self.read_lines()
-        paths = self.files("logs/*.txt")
-        if paths:
-            self.run = logs.read_log(paths[0])[0]
-        found = self.checkpoints()
+        found = self.saved()
+        self.checkpoints = len(found)
         if self.held:
             self.held.seek(0)
             self.checkpoint = self.held.read()
             self.held.close()
         elif found:
             self.checkpoint = found[-1].read_bytes()
-        for path, digest in self.hashes.items():
-            place = self.folder / path
-            if not place.is_file() or shards.sha256_file(place) != digest:
-                self.touched.append(path)
-        if not self.why and not self.first:
-            if not paths:
-                self.why = "it wrote no log into logs/"
-            elif not self.run.result or self.run.val_loss is None:
-                self.why = "its log has no result line, or no validation line"
+        left = self.files("train_gpt.py")
+        self.touched = not left or left[0].read_bytes() != self.script
+        if self.why or self.first:
+            return
+        written = self.files("logs/*.txt")
+        self.run = logs.read_log(written[0])[0] if written else None
+        if not written:
+            self.why = "it wrote no log into logs/"
+        elif not self.run.result or self.run.val_loss is None:
+            self.why = "its log has no result line, or no validation line"
 
 
 class Answers(Job):
-    """What the model of a training's checkpoint answers to rows of tokens, in a process that sees
-    nothing else.
+    """What the models of some trainings answer to rows of tokens, in a process that sees nothing
+    else: a loss of each target, or with `at` the logits [V] at one position of each row.
 
-    answer: "logits" [N, T, V]; "position" [N, V], of one position of each row; or "losses" [N, T]
-    of rows [N, T + 1]. Afterwards: value, what reduce makes of the answers."""
+    Afterwards: value {training: [N, T] or [N, V]}, parameters {training: {name: sha256}}."""
 
-    def __init__(self, name, training, ask, answer, reduce, needs=(), **options):
-        """ask() -> rows, sizes of batches, positions or None; called when the training is over."""
-        super().__init__(name, training.script, self.prepare, (training, *needs), **options)
-        self.training, self.ask, self.answer, self.reduce = training, ask, answer, reduce
-        self.value, self.began_answering = None, None
-        self.answering = self.answering_seen = 0.0  # seconds of computing, and by our clock
+    def __init__(self, name, script, trainings, ask, files, **more):
+        """ask(training) -> rows, sizes of batches, positions or None; files(): as of a Training."""
+        super().__init__(name, script, needs=trainings, **more)
+        self.trainings, self.ask, self.data = trainings, ask, files
+        self.value, self.parameters, self.began_answering = {}, {}, None
+        self.answering = 0.0  # seconds of computing
 
-    def prepare(self, job):
-        (self.folder / "model.pt").write_bytes(self.training.checkpoint)
-        rows, sizes, at = self.ask()
-        np.save(self.folder / "rows.npy", rows.astype(np.int64))
-        device = "cuda" if self.cuda else "cpu"
-        plan = dict(answer=self.answer, sizes=sizes, at=at, device=device)
+    def refused(self):
+        failed = [run.why for run in self.trainings if run.why]
+        return failed[0] if len(failed) == len(self.trainings) else ""
+
+    def prepare(self):
+        self.fill(self.data())
+        self.asked, plan = [run for run in self.trainings if run.ok], []
+        for number, run in enumerate(self.asked):
+            rows, sizes, at = self.ask(run)
+            (self.folder / f"{number}.pt").write_bytes(run.checkpoint)
+            np.save(self.folder / f"{number}.npy", rows.astype(np.int64))
+            plan.append(dict(sizes=sizes, at=at, device="cuda" if self.cuda else "cpu"))
         (self.folder / "plan.json").write_text(json.dumps(plan))
         shutil.copy(ANSWER, self.folder / "answer.py")
-        self.words, self.shape = ["answer.py"], rows.shape
+        return ["answer.py"]
 
     def look(self):
-        if self.files("answers.bin"):
-            now = (self.spent(), time.monotonic())
+        if self.files("*.answers"):
+            now = self.spent()
             self.began_answering = self.began_answering or now
-            self.answering, self.answering_seen = (
-                end - start for start, end in zip(self.began_answering, now, strict=True)
-            )
+            self.answering = now - self.began_answering
 
     def collect(self):
         if self.process.returncode == 3:
             self.why = "the script has no load_model"
         if self.why:
             return
-        rows, length = self.shape
-        first = dict(logits=(rows, length), position=(rows,), losses=(rows, length - 1))
         try:
-            answers = np.fromfile(*self.files("answers.bin"), "<f4")
-            shape = first[self.answer] + (() if self.answer == "losses" else (-1,))
-            self.value = self.reduce(answers.reshape(shape))
-        except (OSError, TypeError, ValueError, IndexError) as error:
+            for number, run in enumerate(self.asked):
+                rows, _, at = self.ask(run)
+                shape = (len(rows), rows.shape[1] - 1) if at is None else (len(rows), -1)
+                answers = np.fromfile(*self.files(f"{number}.answers"), "<f4")
+                self.value[run] = answers.reshape(shape)
+                self.parameters[run] = json.loads((self.folder / f"{number}.json").read_text())
+        except (OSError, TypeError, ValueError) as error:
             self.why = f"load_model's model gives no logits [B, T, V] ({printable(error)})"
 
 
-def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
-    """Run the jobs, `at_once` at a time, each when all that it needs are over; one whose needs
-    failed fails with them."""
+def run_all(jobs: list[Job], at_once: int, say, settled):
+    """Run the jobs in their order, `at_once` at a time, until settled(), which is asked after each,
+    says that the rest is not needed."""
     adopt_orphans()
     before = children()
     waiting, active, over = list(jobs), [], threading.Event()
@@ -308,13 +323,12 @@ def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
     watch.start()
     try:
         while waiting or active:
-            for job in list(waiting):
-                failed = [need for need in job.needs if need.over and need.why]
-                if failed:
-                    job.over, job.why = True, failed[0].why
+            for job in [job for job in waiting if all(need.over for need in job.needs)]:
+                why = job.refused()
+                if why or len(active) < at_once:
                     waiting.remove(job)
-                elif len(active) < at_once and all(need.over for need in job.needs):
-                    waiting.remove(job)
+                    job.why, job.over = why, bool(why)
+                if not why and job not in waiting:
                     active.append(job)
                     job.start()
             for job in list(active):
@@ -325,11 +339,13 @@ def run_all(jobs: list[Job], at_once: int, say=lambda text: None):
                     if job.ok:
                         job.after()
                     say(f"{job.name}: {job.why or 'done'} ({time.monotonic() - job.began:.0f} s)")
+                    if settled():
+                        return
             time.sleep(TICK)
     finally:
         over.set()
         watch.join()
-        for job in active:
+        for job in jobs:
             job.close()
         end_strays(before)
 

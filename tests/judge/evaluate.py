@@ -2,11 +2,11 @@
 
     python tests/judge/evaluate.py [NAME ...] [--out FOLDER] [--jobs 2] [-- FLAGS]
 
-Every patch is applied to train_gpt.py in a temporary folder, and the script that results is
-judged: `python -m records judge SCRIPT --json FILE -- FLAGS`. Names choose patches, as globs do:
-'clock_*'. Verdicts are kept in FOLDER, by the patch's name and a hash of script and flags: what has
-a verdict is not judged again, so a run that was stopped goes on where it was. Delete the folder
-when the judge has changed.
+Every patch is applied to this folder's train_gpt.py in a temporary folder, and the script that
+results is judged: `python -m records judge SCRIPT --json FILE -- FLAGS`. Names choose patches, as
+globs do: 'clock_*'. Verdicts are kept in FOLDER, by the patch's name and a hash of script and
+flags: what has a verdict is not judged again, so a run that was stopped goes on where it was.
+Delete the folder when the judge has changed.
 
 Exit code: 0 at least 90 % of the cheats are caught and no honest variant is accused, 1 not so,
 2 misuse.
@@ -25,6 +25,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+TRAINER = HERE / "train_gpt.py"
 VERDICTS = {0: "legal", 1: "not legal", 2: "misuse", 3: "not fully judged"}
 # {what a patch is: {exit code of the judge: what that makes of the judge}}; other codes: broken
 MEANING = {
@@ -45,9 +46,10 @@ def patches(names=()):
 
 
 def build(patch: Path, folder: Path) -> Path:
-    """train_gpt.py with the patch, in the folder. Errors: RuntimeError if it does not apply."""
+    """The frozen trainer with the patch, in the folder. Errors: RuntimeError if it does not
+    apply."""
     script = folder / "train_gpt.py"
-    script.write_bytes((ROOT / "train_gpt.py").read_bytes())
+    script.write_bytes(TRAINER.read_bytes())
     # --directory does not leave an enclosing repository, and GIT_DIR would lead into another
     environment = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
     environment["GIT_CEILING_DIRECTORIES"] = str(folder.parent)
@@ -59,7 +61,7 @@ def build(patch: Path, folder: Path) -> Path:
 
 
 def judge(patch: Path, out: Path, flags: list[str]) -> tuple[int, str]:
-    """(Exit code of the judge, its last line), from the folder of verdicts if it is there."""
+    """(Exit code of the judge, its reason), from the folder of verdicts if it is there."""
     with tempfile.TemporaryDirectory(prefix="trainer_") as folder:
         script = build(patch, Path(folder))
         key = hashlib.sha256(script.read_bytes() + repr(flags).encode()).hexdigest()[:12]
@@ -71,8 +73,8 @@ def judge(patch: Path, out: Path, flags: list[str]) -> tuple[int, str]:
             aside.write_text(f"{text}\nexit code {code}\n", encoding="utf-8")
             aside.replace(kept)  # it appears whole or not at all
     *lines, last = kept.read_text(encoding="utf-8").splitlines()
-    said = [line for line in lines if line.strip()]
-    return int(last.removeprefix("exit code ")), said[-1] if said else ""
+    said = [line for line in lines if line.startswith(("fail", "not seen"))]
+    return int(last.removeprefix("exit code ")), " ".join(sorted(said)[0].split()) if said else ""
 
 
 def call(command):
@@ -85,6 +87,14 @@ def call(command):
     text = process.communicate()[0]
     running.discard(process)
     return process.returncode, text
+
+
+def hide():
+    """A process list shows a shell: some cheats look at the command lines of their ancestors."""
+    sys.path.insert(0, str(ROOT))
+    from records.tools.judge import change_name
+
+    change_name()
 
 
 def stop(number, frame):
@@ -126,6 +136,7 @@ def main(argv=None) -> int:
         parser.error(f"--jobs {options.jobs}: must be 1 or more")
     chosen, results = patches(options.names), {}
     options.out.mkdir(parents=True, exist_ok=True)
+    hide()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
