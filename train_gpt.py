@@ -964,6 +964,14 @@ def compiled(function, on):
     return torch.compile(function, dynamic=False)
 
 
+def descend(w, update, rates, decay):
+    """Take the update times its rates off the weights, in place. Cautious decay (arXiv 2510.12402):
+    only where the update goes that way, too."""
+    if decay is not None:
+        update = update + w * (update * w > 0) * decay
+    w.sub_(update * rates)
+
+
 class Optimizer:
     """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass
     says what the update is.
@@ -1018,11 +1026,10 @@ class Optimizer:
         self.steps += 1
         gradient = self.method.project(self, self.grads[self.mine])
         update = self.method.lift(self, self.update(gradient))
-        own, rate = self.weights[self.mine], self.lr * self.scale * self.row_scale
-        if self.decay:  # only where the update goes that way, too: cautious (arXiv 2510.12402)
-            shrink = own * (update * own > 0) * (self.lr * self.scale * self.decay)
-            update = update + shrink
-        own.sub_(update * rate)
+        rate = self.lr * self.scale
+        rates = torch.as_tensor(rate * self.row_scale)
+        decay = torch.tensor(rate * self.decay) if self.decay else None
+        compiled(descend, self.config.compile)(self.weights[self.mine], update, rates, decay)
         self.grads.zero_()
         if self.shards > 1:
             self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
