@@ -1082,7 +1082,7 @@ class Adam(Optimizer):
         c, (beta1, beta2) = self.config, self.betas
         m, v = self.moment("exp_avg", g), self.moment("exp_avg_sq", g)
         bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (beta1, beta2))
-        eps = c.adam_eps / bias2.sqrt() if c.adam_table else torch.tensor(c.adam_eps)
+        eps = torch.tensor(c.adam_eps)
         return compiled(adam_update, c.compile)(g, m, v, beta1, beta2, eps, bias1, bias2)
 
 
@@ -1140,7 +1140,7 @@ class Muon(Optimizer):
         decay = self.config.normuon
         across = -1 if u.size(-2) >= u.size(-1) else -2
         square = u.square().mean(across, keepdim=True)
-        mean = self.moment("row_sq", square).lerp_(square, 1 - decay) / (1 - decay**self.steps)
+        mean = self.moment("row_sq", square).lerp_(square, 1 - decay)
         even = u / (mean + 1e-16).sqrt()
         size = torch.linalg.matrix_norm(u, keepdim=True)
         return even * (size / (torch.linalg.matrix_norm(even, keepdim=True) + 1e-7))
