@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_recipe import SMALL, TINY, lively
 
+import train_gpt
+
 EOT, T = 256, 32
 # The record's roles at 11 layers
 LONG, PAIRED, SKIPS, OFFSET = (3, 10), (0, 2, 5, 9), 6, (3, 10)
@@ -140,3 +142,11 @@ def test_forward_is_the_plain_form(step, windows):
         got = model(row[None])[0]
     assert got.std() > 0.3
     torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("step, windows", [(0, [384]), (520, [384, 896]), (1599, SMALL.window)])
+def test_yarn_at_full_size(step, windows):
+    frequencies, scale = train_gpt.rotary_at(step, SMALL)
+    expected, expected_scale = frequencies_and_scale(SMALL, list(windows))
+    assert scale == pytest.approx(expected_scale)
+    torch.testing.assert_close(frequencies, torch.tensor(expected), rtol=1e-4, atol=0)
