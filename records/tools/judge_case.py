@@ -148,7 +148,7 @@ class Case:
         other_seed = with_flags(early, seed=self.seed + 1)
         other, train, score = self.other_files, self.train, self.score
         self.base = train("base run", flags, needs=())
-        self.base.after = self.read_config
+        self.base.after, self.base.keep = self.read_config, True
         self.base_score = score(self.base)
         self.plain = train("plain run", plain, after_run=self.base, needs=(self.base,))
         self.prefixes = Answers(

@@ -76,7 +76,7 @@ class Job:
         self.process, self.folder, self.over, self.why, self.left = None, None, False, "", []
         self.after = lambda: None
         self.lock, self.enough = threading.Lock(), False  # enough: nothing more is wanted of it
-        self.computed = 0.0
+        self.computed, self.keep = 0.0, False  # keep its folder for another run
 
     @property
     def ok(self) -> bool:
@@ -341,6 +341,8 @@ def run_all(jobs: list[Job], at_once: int, say, settled):
                     job.left = end_strays(before | {other.process.pid for other in active})
                     if job.ok:
                         job.after()
+                    if not job.keep:
+                        job.close()
                     say(f"{job.name}: {job.why or 'done'} ({time.monotonic() - job.began:.0f} s)")
                     if settled():
                         return
