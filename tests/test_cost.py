@@ -47,7 +47,8 @@ def test_bytes_are_those_of_a_run():
     run.optimizers = train_gpt.make_optimizers(run)
     for optimizer in run.optimizers:
         optimizer.step()
-    weights = sum(o.weights.nbytes for o in run.optimizers)
+    weights = sum(optimizer.weights.nbytes for optimizer in run.optimizers)
+    assert weights == pytest.approx(sum(p.nbytes for p in run.model.parameters()), rel=0.01)
     state = sum(tensor.nbytes for o in run.optimizers for tensor in o.state.values())
     assert cost.bytes_of(config, 1) == (weights, weights, state)
     assert cost.bytes_of(config, 8)[2] == pytest.approx(state / 8, rel=0.05)
