@@ -964,6 +964,14 @@ def compiled(function, on):
     return torch.compile(function, dynamic=False)
 
 
+def descend(w, update, rates, decay):
+    """Take the update times its rates off the weights, in place. Cautious decay (arXiv 2510.12402):
+    only where the update goes that way, too."""
+    if decay is not None:
+        update = update + w * (update * w > 0) * decay
+    w.sub_(update * rates)
+
+
 class Optimizer:
     """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass
     says what the update is.
@@ -1018,11 +1026,10 @@ class Optimizer:
         self.steps += 1
         gradient = self.method.project(self, self.grads[self.mine])
         update = self.method.lift(self, self.update(gradient))
-        own, rate = self.weights[self.mine], self.lr * self.scale * self.row_scale
-        if self.decay:  # only where the update goes that way, too: cautious (arXiv 2510.12402)
-            shrink = own * (update * own > 0) * (self.lr * self.scale * self.decay)
-            update = update + shrink
-        own.sub_(update * rate)
+        rate = self.lr * self.scale
+        rates = torch.as_tensor(rate * self.row_scale)
+        decay = torch.tensor(rate * self.decay) if self.decay else None
+        compiled(descend, self.config.compile)(self.weights[self.mine], update, rates, decay)
         self.grads.zero_()
         if self.shards > 1:
             self.work = all_gather(self.weights, self.weights[self.mine], async_op=True)
@@ -1075,7 +1082,7 @@ class Adam(Optimizer):
         c, (beta1, beta2) = self.config, self.betas
         m, v = self.moment("exp_avg", g), self.moment("exp_avg_sq", g)
         bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (beta1, beta2))
-        eps = c.adam_eps / bias2.sqrt() if c.adam_table else torch.tensor(c.adam_eps)
+        eps = torch.tensor(c.adam_eps)
         return compiled(adam_update, c.compile)(g, m, v, beta1, beta2, eps, bias1, bias2)
 
 
@@ -1133,7 +1140,7 @@ class Muon(Optimizer):
         decay = self.config.normuon
         across = -1 if u.size(-2) >= u.size(-1) else -2
         square = u.square().mean(across, keepdim=True)
-        mean = self.moment("row_sq", square).lerp_(square, 1 - decay) / (1 - decay**self.steps)
+        mean = self.moment("row_sq", square).lerp_(square, 1 - decay)
         even = u / (mean + 1e-16).sqrt()
         size = torch.linalg.matrix_norm(u, keepdim=True)
         return even * (size / (torch.linalg.matrix_norm(even, keepdim=True) + 1e-7))

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -448,3 +449,16 @@ def test_the_tokenizer_of_other_vocabularies_is_gpt2s(monkeypatch):
     monkeypatch.setattr(Tiktoken, "get_encoding", None)
     with pytest.raises(train_gpt.UserError, match="go online"):
         train_gpt.tokenizer(50257)
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(place, monkeypatch):
+    order, replace = [], Path.replace
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("synced"))
+
+    def named(self, target):
+        order.append("named")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", named)
+    assert run(place(steps=2, checkpoint_every=1)).code == 0
+    assert order == ["synced", "named"] * 2

@@ -216,6 +216,16 @@ def test_work_is_counted_from_what_was_launched():
     assert reporting.spills_of(update) == {"triton_poi_fused_add_0": 8}
 
 
+def test_attention_within_a_window():
+    pairs = [(q, k) for q in range(100) for k in range(q + 1)]
+    near = sum(q - k < 25 for q, k in pairs) / len(pairs)
+    assert estimate.within(25, 100) == pytest.approx(near, abs=0.01)
+    assert estimate.within(0, 100) == estimate.within(100, 100) == estimate.within(300, 100) == 1
+    update = dict(counts={}, triton={"triton_tem_fused_flex_attention_1": [2, 50.0, 800.0]})
+    (work,) = estimate.works_of(update, estimate.within(25, 100))
+    assert work.operations == pytest.approx(800 / 2 * (1 - 0.75**2)) and work.bytes == 50
+
+
 def test_the_estimate_is_the_slowest_of_operations_bytes_and_launches():
     card = CARDS["h100"]
 

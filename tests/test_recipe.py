@@ -355,3 +355,24 @@ def test_two_ranks_agree_with_one(shards):
 def test_methods_train_the_recipe(shards, method):
     assert train_gpt.main(flags(shards, **method)) == 0
     assert result(shards)["val_loss"] < 5.5  # from log 257 = 5.55
+
+
+def test_down_has_its_own_rate():
+    run = run_of(TINY)  # lr_down 4; √(out / in) is 2 for up, 1 for down
+    (stack,) = [o for o in run.optimizers if "blocks.0.mlp.up.weight" in o.named]
+    rates = dict(zip(stack.named, stack.row_scale.flatten().tolist(), strict=False))
+    assert {rates[name] for name in rates if "up" in name} == {2.0}
+    assert {rates[name] for name in rates if "down" in name} == {4.0}
+
+
+def test_gradients_of_the_sum_grow_with_the_tokens_alone():
+    """An eighth of the sum over this rank's tokens, whatever the ranks and micro-batches."""
+    x, y = random_tokens(rows=4), random_tokens(rows=4).roll(1)
+    for ranks, micro in ((1, 4), (1, 1), (4, 2)):
+        run = train_gpt.build(TINY, train_gpt.Runtime(torch.device("cpu"), 0, ranks))
+        train_gpt.forward_backward(run, x, y, micro)
+        by_hand = train_gpt.build(TINY, train_gpt.Runtime(torch.device("cpu"))).model
+        (by_hand(x, y) * x.numel() / 8).backward()
+        expected = dict(by_hand.named_parameters())
+        for name, p in run.model.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-3, atol=1e-5)

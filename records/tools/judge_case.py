@@ -143,20 +143,21 @@ class Case:
     def declare(self, plain: list[str]):
         """All runs, those first that tell most. plain: flags as users give them."""
         flags = with_flags(plain, val_every=0, checkpoint_every=10**6)
+        first = dict(first=self.preset.adam_every)
         early = with_flags(flags, checkpoint_every=self.preset.adam_every)
         other_seed = with_flags(early, seed=self.seed + 1)
         other, train, score = self.other_files, self.train, self.score
         self.base = train("base run", flags, needs=())
-        self.base.after = self.read_config
+        self.base.after, self.base.keep = self.read_config, True
         self.base_score = score(self.base)
         self.plain = train("plain run", plain, after_run=self.base, needs=(self.base,))
         self.prefixes = Answers(
             "prefixes", self.script, [self.base], self.ask_prefixes, other, **self.options
         )
-        self.first = train("first update", early, first=True)
-        self.early = train("first update, other tokens", early, self.early_files, first=True)
-        self.inside = train("first update, other batch", early, self.inside_files, first=True)
-        self.reseeded = train("first update, other seed", other_seed, first=True)
+        self.first = train("first update", early, **first)
+        self.early = train("first update, other tokens", early, self.early_files, **first)
+        self.inside = train("first update, other batch", early, self.inside_files, **first)
+        self.reseeded = train("first update, other seed", other_seed, **first)
         self.firsts = score(self.first, self.early, self.inside, self.reseeded)
         conditions = dict(wanted=self.plain_differs, needs=(self.plain,))
         self.again = train("base run alone", flags, alone=True, **conditions)

@@ -76,7 +76,7 @@ class Job:
         self.process, self.folder, self.over, self.why, self.left = None, None, False, "", []
         self.after = lambda: None
         self.lock, self.enough = threading.Lock(), False  # enough: nothing more is wanted of it
-        self.computed = 0.0
+        self.computed, self.keep = 0.0, False  # keep its folder for another run
 
     @property
     def ok(self) -> bool:
@@ -174,14 +174,15 @@ class Job:
 
 
 class Training(Job):
-    """A run of the script. first: end it as soon as its first checkpoint is whole. after_run: run
-    it in the folder that this one left. alone: with a home of its own.
+    """A run of the script. first: step of whose checkpoint alone there is use, so that the run is
+    ended as soon as that is whole; 0: the last. after_run: run it in the folder that this one left.
+    alone: with a home of its own.
 
     Afterwards: lines, log (bytes), run (logs.Run), checkpoint (bytes), checkpoints (how many),
     touched (did it change its own file?)."""
 
     def __init__(
-        self, name, script, flags, files, first=False, after_run=None, alone=False, ranks=1, **more
+        self, name, script, flags, files, first=0, after_run=None, alone=False, ranks=1, **more
     ):
         """flags() -> words; files() -> {path in the folder: tokens}; called when the needs are
         over."""
@@ -209,21 +210,22 @@ class Training(Job):
 
     def look(self):
         self.read_lines()
-        found = self.saved() if self.first else []
-        if found and not self.held:
+        found = self.saved() if self.first else {}
+        if self.first in found and not self.held:
             with contextlib.suppress(OSError):
-                self.held = open(found[0], "rb")
+                self.held = open(found[self.first], "rb")
         # Whole when the next one is there; the open file outlives its name
-        self.enough = self.held is not None and len(found) > 1
+        self.enough = self.held is not None and max(found, default=0) > self.first
 
     @property
     def losses(self) -> dict[int, str]:
         """{step: loss as written} of the lines of training batches."""
         return {line.step: line.loss for line in self.lines if line.kind == "train"}
 
-    def saved(self) -> list[Path]:
+    def saved(self) -> dict[int, Path]:
+        """{step: its checkpoint}, by the last number in its name."""
         paths = self.files("checkpoints/**/*.pt")
-        return sorted(paths, key=lambda path: [int(n) for n in re.findall(r"\d+", path.stem)])
+        return {int(([0] + re.findall(r"\d+", path.stem))[-1]): path for path in paths}
 
     def read_lines(self):
         for path in self.files("logs/*.txt")[:1]:
@@ -245,11 +247,12 @@ class Training(Job):
         found = self.saved()
         self.checkpoints = len(found)
         if self.held:
-            self.held.seek(0)
-            self.checkpoint = self.held.read()
-            self.held.close()
+            with self.held:
+                self.checkpoint = self.held.read()
+        elif self.first:
+            self.why = self.why or f"no checkpoint of step {self.first} came to light"
         elif found:
-            self.checkpoint = found[-1].read_bytes()
+            self.checkpoint = found[max(found)].read_bytes()
         left = self.files("train_gpt.py")
         self.touched = not left or left[0].read_bytes() != self.script
         if self.why or self.first:
@@ -338,6 +341,8 @@ def run_all(jobs: list[Job], at_once: int, say, settled):
                     job.left = end_strays(before | {other.process.pid for other in active})
                     if job.ok:
                         job.after()
+                    if not job.keep:
+                        job.close()
                     say(f"{job.name}: {job.why or 'done'} ({time.monotonic() - job.began:.0f} s)")
                     if settled():
                         return

@@ -108,7 +108,7 @@ def stage_table(report: dict) -> list[str]:
     if not stages:
         return ["no whole update was seen"]
     names = dict.fromkeys(name for stage in stages for name in stage["stage"])
-    rows = [[name, *(number(stage["stage"].get(name)) for stage in stages)] for name in names]
+    rows = [[name, *(f"{stage['stage'][name]:,}" for stage in stages)] for name in names]
 
     def row(label: str, text):
         rows.append([label, *map(text, stages)])

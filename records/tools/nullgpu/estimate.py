@@ -17,7 +17,8 @@ ASSUMPTIONS = (
     f"other kernels {MEMORY:.0%} of the bandwidth, collectives {LINK:.0%} of the link",
     f"a kernel takes the longest of its operations, its bytes and {1e6 * LAUNCH:.0f} us; they run "
     "one after the other, no collective is hidden, and the host keeps up",
-    "attention is causal: half of the score matrix, also where a mask would leave out more",
+    "attention is causal: half of the score matrix, and of that what lies within the stage's "
+    "longest --window; documents and shorter windows would leave out more",
 )
 
 # Classes of the kernels that Inductor makes, by the operators in their names; first match.
@@ -95,16 +96,23 @@ def elementwise(name: str, times: int, elements: float) -> Work:
     return Work(kind, name, times, elements * operands * width, elements)
 
 
-def fused(name: str, row: list) -> Work:
+def within(window: int, length: int) -> float:
+    """Share of a row's causal pairs of tokens that are no further apart than the window; 0: all."""
+    reach = min(1.0, window / length) if window and length else 1.0
+    return 2 * reach - reach**2
+
+
+def fused(name: str, row: list, seen: float) -> Work:
     launches, moved, operations = row
     kind = next((kind for kind, words in FUSED if any(word in name for word in words)), OTHER)
-    causal = 0.5 if kind == "attention" else 1.0
-    return Work(kind, name, launches, moved, causal * operations, known=moved > 0)
+    share = 0.5 * seen if kind == "attention" else 1.0
+    return Work(kind, name, launches, moved, share * operations, known=moved > 0)
 
 
-def works_of(update: dict) -> list[Work]:
-    """All work of an update that observe.py saw, the largest first."""
-    works = [fused(name, row) for name, row in update["triton"].items()]
+def works_of(update: dict, seen: float = 1.0) -> list[Work]:
+    """All work of an update that observe.py saw, the largest first; seen: the share of causal
+    attention that its window leaves."""
+    works = [fused(name, row, seen) for name, row in update["triton"].items()]
     for name, (times, amount) in update["counts"].items():
         kind, _, rest = name.partition(" ")
         if kind == "matmul":

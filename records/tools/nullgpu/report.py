@@ -97,7 +97,8 @@ def launches_of(update: dict) -> int:
 def stage_row(updates: list[dict], stage: dict, config: dict, result: dict, options) -> dict:
     update = mean_of(updates)
     waits = sorted((update["waits"] for update in updates), key=len)
-    works = estimate.works_of(update)
+    window = stage.get("window") or max(config.get("window") or [0])
+    works = estimate.works_of(update, estimate.within(window, config.get("seq_len", 0)))
     classes = estimate.by_class(works, options.card, options.gpus)
     total = {
         key: sum(row[key] for row in classes.values()) for key in ("bytes", "operations", "seconds")
