@@ -1082,7 +1082,7 @@ class Adam(Optimizer):
         c, (beta1, beta2) = self.config, self.betas
         m, v = self.moment("exp_avg", g), self.moment("exp_avg_sq", g)
         bias1, bias2 = (torch.tensor(1 - beta**self.steps) for beta in (beta1, beta2))
-        eps = torch.tensor(c.adam_eps)
+        eps = c.adam_eps / bias2.sqrt() if c.adam_table else torch.tensor(c.adam_eps)
         return compiled(adam_update, c.compile)(g, m, v, beta1, beta2, eps, bias1, bias2)
 
 
