@@ -1649,11 +1649,11 @@ def warm_up(c, runtime):
         for method in run.methods:
             method.resume(run.step, run)
         set_stage(run)
-        rows = at_step(c.batch_tokens, run.step, c) // c.seq_len // runtime.world_size
-        fit_micro_batch(run, rows)
         for optimizer in run.optimizers:
             optimizer.every = 1
-        update(run)
+        update(run)  # first, so that the moments are there when memory is measured
+        rows = at_step(c.batch_tokens, run.step, c) // c.seq_len // runtime.world_size
+        fit_micro_batch(run, rows)
         run.model.eval()
         with torch.no_grad():
             forward(run, *random_batch(run, val_rows(run), c.val_len))
@@ -1803,8 +1803,12 @@ def train(c, runtime, argv):
     path, state = find_resumption(c, data) if c.resume else ("", {})
     agree(runtime, identity(c, data) | {"the step of --resume": state.get("step")})
     log, begun = Log(c, runtime, argv, data), time.perf_counter()
+    if runtime.cuda:  # what fits now must still fit when memory is in pieces
+        limit = torch.cuda.get_per_process_memory_fraction()
+        torch.cuda.set_per_process_memory_fraction(0.9 * limit)
     micro = warm_up(c, runtime)
     if runtime.cuda:
+        torch.cuda.set_per_process_memory_fraction(limit)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     warmup_ms = 1000 * (time.perf_counter() - begun)

@@ -600,7 +600,7 @@ def test_stopwatch_counts_time_between_training_lines_only():
     )
     assert judge.lateness(run) == (4, 1)
     assert judge.taken_back(run) == pytest.approx(1.1 - 1 + 1.1 - 1 + 1.1 - 0.5)  # steps: 2, 1 s
-    assert judge.pauses(run) == [13 - 8 - 1, 20 - 15 - 0.5]
+    assert judge.pauses(run) == [12 - 8, 19 - 15 + 0.5]
 
 
 def test_processes_that_hide_are_found_and_ended(tmp_path):

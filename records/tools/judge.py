@@ -314,12 +314,13 @@ def renumbered_tokens(case):
 
 
 def pauses(run: Training) -> list[float]:
-    """Seconds of computing around each validation that are not logged."""
+    """Seconds of computing in and after each validation that are not logged. Where others compute
+    too, a step logs more than its own: no pause costs less than nothing."""
     found, lines = [], run.lines
-    for before, line, after in zip(lines, lines[1:], [*lines[2:], None], strict=False):
+    for before, line, after in zip(lines, lines[1:], [*lines[2:], lines[-1]], strict=False):
         if line.kind == "val" and before.kind == "train":
-            end = after or line
-            found.append(end.spent - before.spent - (end.logged - before.logged))
+            later = after.spent - line.spent - (after.logged - line.logged)
+            found.append(line.spent - before.spent + max(0.0, later))
     return found
 
 

@@ -195,7 +195,7 @@ class Case:
         """Our own Config of what the base run's log says, for the order of rows."""
         ours, said = vars(self.preset), self.base.run.config or {}
         known = dict(val_seq_len=0, extension=0)  # unless the log says so
-        for name in ours.keys() & said.keys():
+        for name in said.keys() & {"steps", "batch_tokens", "seq_len", *known}:
             several = isinstance(ours[name], tuple)
             known[name] = tuple(np.atleast_1d(said[name]).tolist()) if several else said[name]
         try:
