@@ -1678,7 +1678,8 @@ def fit_micro_batch(run, rows):
         parted = c.galore_per_layer and micro < rows
         refuse(parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower the batch")
         try:
-            forward_backward(run, *random_batch(run, micro, c.seq_len), micro)
+            two = min(rows, 2 * micro)  # the second one meets memory in pieces
+            forward_backward(run, *random_batch(run, two, c.seq_len), micro)
             fits = True
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -1803,7 +1804,7 @@ def train(c, runtime, argv):
     path, state = find_resumption(c, data) if c.resume else ("", {})
     agree(runtime, identity(c, data) | {"the step of --resume": state.get("step")})
     log, begun = Log(c, runtime, argv, data), time.perf_counter()
-    if runtime.cuda:  # what fits now must still fit when memory is in pieces
+    if runtime.cuda:  # what fits now must still fit later
         limit = torch.cuda.get_per_process_memory_fraction()
         torch.cuda.set_per_process_memory_fraction(0.9 * limit)
     micro = warm_up(c, runtime)
