@@ -1658,6 +1658,10 @@ def warm_up(c, runtime):
         with torch.no_grad():
             forward(run, *random_batch(run, val_rows(run), c.val_len))
         run.model.train()
+    for optimizer in run.optimizers:  # what the compiler still holds of them takes no memory
+        for stack in (optimizer.weights, optimizer.grads):
+            if stack is not None:
+                stack.untyped_storage().resize_(0)
     return run.micro
 
 
