@@ -326,7 +326,8 @@ def pauses(run: Training) -> list[float]:
 
 @check("lasts", "plain", "base_score")
 def beside_the_clock(case):
-    """Validations cost what scoring costs; what precedes the clock does not grow with the run."""
+    """Validations cost what scoring costs; what precedes the clock does not grow with the run. A
+    compiler's cache is cold in the first run alone, so the least of two whole runs counts."""
     if not all(run.ok and run.lines for run in (case.base, case.plain, case.rising)):
         return "not seen", why_not(case, case.base, case.plain, case.rising)
     yardstick, found = case.base_score.answering, pauses(case.plain)
@@ -341,7 +342,9 @@ def beside_the_clock(case):
             "fail",
             f"{last:.1f} s of computing for the last validation, {usual:.1f} s for others",
         )
-    whole, short = (run.lines[0].spent - run.lines[0].logged for run in (case.base, case.rising))
+    runs = case.base, case.plain, case.rising
+    *whole, short = (run.lines[0].spent - run.lines[0].logged for run in runs)
+    whole = min(whole)
     if whole > EFFORT[0] * short + EFFORT[1]:
         reason = f"{whole:.1f} s of computing are not logged when the first line comes"
         return "fail", f"{reason}; in a short run {short:.1f} s"
