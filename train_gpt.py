@@ -1810,7 +1810,7 @@ def train(c, runtime, argv):
     log, begun = Log(c, runtime, argv, data), time.perf_counter()
     if runtime.cuda:  # what fits now must still fit later
         limit = torch.cuda.get_per_process_memory_fraction()
-        torch.cuda.set_per_process_memory_fraction(0.9 * limit)
+        torch.cuda.set_per_process_memory_fraction(0.8 * limit)
     micro = warm_up(c, runtime)
     if runtime.cuda:
         torch.cuda.set_per_process_memory_fraction(limit)
