@@ -154,7 +154,8 @@ def main(argv: list[str]):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # pip ends with us
     if argv[:1] == ["test"]:
         files = ["requirements.txt", "tests/requirements.txt", "records/requirements.txt"]
-        command = ["-m", "pytest", "-q", "-n", "auto", *argv[1:]]
+        spread = ["-n", "auto", "--dist", "worksteal"]  # over all cores
+        command = ["-m", "pytest", "-q", *spread, *argv[1:]]
     else:
         files = ["requirements.txt"]
         command = ["data/launch.py", *argv]

@@ -300,7 +300,8 @@ def test_test_command(checkout):
     for name in REQUIREMENTS:
         assert name in checkout.calls()[1]
     checkout.run("test", "-k", "muon")
-    assert checkout.calls() == [["pytest", str(checkout.venv), "-q", "-n", "auto", "-k", "muon"]]
+    spread = ["-n", "auto", "--dist", "worksteal"]
+    assert checkout.calls() == [["pytest", str(checkout.venv), "-q", *spread, "-k", "muon"]]
     checkout.check_launched(prefix=checkout.venv)  # it has what training needs
 
 
