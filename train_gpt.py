@@ -222,7 +222,8 @@ def check_config(c):
     refuse(c.val_tokens % c.val_len, f"--val_tokens must be a multiple of {c.val_len}, its row")
     intervals = c.relora_warm_start, c.relora_interval, c.lawa * c.lawa_interval
     longest = max(c.warmup, c.extension + 1, *intervals)
-    refuse(longest > c.steps, f"--steps {c.steps} end before a warm-up or extension of {longest}")
+    line = f"--steps {c.steps} end before a warm-up, interval or extension of {longest}"
+    refuse(longest > c.steps, line)
     refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
     refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
     refuse(c.paired_heads and c.n_head % 2, "--paired_heads needs an even --n_head")
@@ -1136,7 +1137,7 @@ class Muon(Optimizer):
 
     def even(self, u):
         """NorMuon (arXiv 2510.05491): divide each row of a tall matrix, column of a wide one, by
-        its running RMS, and keep the update's norm."""
+        its running RMS, and keep the update's norm (so Adam's correction of bias would cancel)."""
         decay = self.config.normuon
         across = -1 if u.size(-2) >= u.size(-1) else -2
         square = u.square().mean(across, keepdim=True)

@@ -342,7 +342,7 @@ def test_galore_8bit_moments_are_close(kind, names):
     assert (p - q).norm() / (p - start).norm() < 0.1
 
 
-def test_low_rank_optimizer_optimizer_is_the_flag():
+def test_low_rank_optimizer_is_the_flag():
     for inner in ("adam", "muon"):
         made = advance(build(galore=4, low_rank_optimizer=inner), 1)
         states = [set(o.state) for o in made.optimizers if o.weights.ndim == 3]
