@@ -944,8 +944,9 @@ def flops_per_token(model):
     weights = sum(p.numel() for linear in linears for p in linear.parameters())
     spans = 0
     for step in range(c.steps):
+        windows = windows_at(step, c)
         for layer in model.plan:
-            window = windows_at(step, c)[not layer.long] or c.seq_len
+            window = windows[not layer.long] or c.seq_len
             spans += layer.attention * min(window, c.seq_len / 2)
     return 6 * weights + 12 * c.n_embd * spans / c.steps
 

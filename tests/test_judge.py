@@ -620,7 +620,9 @@ def test_processes_that_hide_are_found_and_ended(tmp_path):
     assert done.stdout.endswith("\nit wrote no log into logs/ 1 set() False\n"), done
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_leaves_nothing_behind(number, tmp_path, data):
     (tmp_path / "slow.py").write_text("import time\ntime.sleep(60)\n")
     (tmp_path / "tmp").mkdir()

@@ -6,13 +6,12 @@ That all of them together equal the public script is shown by `python -m records
 import dataclasses
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import Ranks
 
 import train_gpt
 
@@ -337,13 +336,8 @@ def test_resume_across_stages_is_bit_for_bit(shards):
 def test_two_ranks_agree_with_one(shards):
     assert train_gpt.main(flags(shards)) == 0
     alone = result(shards)["val_loss"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    script = str(Path(train_gpt.__file__))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, script, *flags(shards)], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = Ranks(shards, [flags(shards)] * 2).wait(120)
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
     assert result(shards)["val_loss"] == pytest.approx(alone, abs=2e-4)
 
 

@@ -9,6 +9,7 @@ trainer would make. Computed, not measured; activations come on top. --relora an
 change these tensors as they go, have no line there.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def tokens_of(c) -> int:
     return sum(train_gpt.at_step(c.batch_tokens, step, c) for step in range(c.steps))
 
 
+@functools.cache
 def operations_per_token(c) -> float:
     with torch.device("meta"):  # shapes without memory
         return train_gpt.flops_per_token(train_gpt.GPT(c))
