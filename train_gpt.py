@@ -864,18 +864,20 @@ class GPT(nn.Module):
         changes is tensors, so that nothing compiles again."""
         c, device = self.config, self.wte.weight.device
         self.ahead = [torch.tensor(weight) for weight in prediction_weights(step, c)]
-        stage = windows_at(step, c), device
-        if stage == self.stage:
+        windows = windows_at(step, c)
+        if (windows, device) == self.stage:
             return
-        self.stage = stage
-        self.windows = [torch.tensor(w or 2**30, device=device) for w in windows_at(step, c)]
+        self.stage = windows, device
+        self.windows = {
+            long: torch.tensor(w or 2**30, device=device) for long, w in windows.items()
+        }
         frequencies, scale = rotary_at(step, c)
         self.scale = torch.tensor(scale, device=device)
         places = torch.arange(max(c.seq_len, c.val_len), device=device).unsqueeze(1)
-        self.rotary = [rotary_tables(frequencies.to(device), places)]
+        self.rotary = {False: rotary_tables(frequencies.to(device), places)}  # by Layer.paired
         if c.paired_heads:
             taking_turns = 2 * places + torch.arange(c.n_head, device=device) % 2
-            self.rotary.append(rotary_tables(frequencies.to(device), taking_turns))
+            self.rotary[True] = rotary_tables(frequencies.to(device), taking_turns)
 
     def forward(self, tokens, targets=None):
         c = self.config
@@ -890,7 +892,7 @@ class GPT(nn.Module):
         shared = dict(x0=x, scale=self.scale, rotary=self.rotary, masks={})  # by all blocks
         for long, paired in {(layer.long, layer.paired) for layer in self.plan}:
             places = docs.repeat_interleave(2, dim=1) if paired else docs
-            mask = attention_mask(places, self.windows[not long], c)
+            mask = attention_mask(places, self.windows[long], c)
             shared["masks"][long, paired] = mask
         if c.bigram_rows:
             shared["bigrams"] = self.bigrams(bigram_rows(tokens, c.bigram_rows))
@@ -946,7 +948,7 @@ def flops_per_token(model):
     for step in range(c.steps):
         windows = windows_at(step, c)
         for layer in model.plan:
-            window = windows[not layer.long] or c.seq_len
+            window = windows[layer.long] or c.seq_len
             spans += layer.attention * min(window, c.seq_len / 2)
     return 6 * weights + 12 * c.n_embd * spans / c.steps
 
@@ -1236,11 +1238,11 @@ def at_step(values: tuple, step: int, c: Config):
 
 
 def windows_at(step, c):
-    """(Long, short) window at update `step`; c.steps: of the last validation; 0: no limit."""
+    """{Layer.long: window} at update `step`; c.steps: of the last validation; 0: no limit."""
     long = at_step(c.window, step, c)
     if step == c.steps:
         long = c.final_window or long
-    return long, at_step(c.short_window, step, c) or long
+    return {True: long, False: at_step(c.short_window, step, c) or long}
 
 
 def lr_at(step: int, c: Config):

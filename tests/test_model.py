@@ -298,7 +298,7 @@ def test_windows_of_layers_and_stages():
     model = make(window=(4, 8, 0), final_window=20)  # 12 steps
     for step, window in ((0, 4), (3, 4), (4, 8), (8, 0), (11, 0), (12, 20)):
         model.set_stage(step)
-        assert [reach.item() for reach in model.windows] == [window or 2**30] * 2
+        assert [reach.item() for reach in model.windows.values()] == [window or 2**30] * 2
 
 
 # ---------------------------------------------------------------------------------- rotary, QK-norm
