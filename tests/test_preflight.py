@@ -103,7 +103,9 @@ def refusal(capsys, *argv) -> str:
     return lines[-1]
 
 
-@pytest.mark.parametrize("argv", [["--gpu", "tpu"], ["--gpus", "3"], ["--memory_gb", "x"], ["-x"]])
+@pytest.mark.parametrize(
+    "argv", [["--gpu", "tpu"], ["--gpus", "3"], ["--memory_gb", "x"], ["--torch", "2"], ["-x"]]
+)
 def test_misuse_is_one_line(argv, home, capsys):
     assert refusal(capsys, *argv).endswith("see python -m records preflight --help")
     assert not home.exists()

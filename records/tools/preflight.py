@@ -21,11 +21,13 @@ that the card refuses, a graph break, a compilation after the clock started, a w
 in every update. 2: misuse, or something is missing on this machine. Spilled registers are warnings.
 
 The first use sets up an environment of its own (730 MB to download, 2.3 GB on disk) in
-~/.cache/gpt2-speedrun/preflight, or where SPEEDRUN_PREFLIGHT says. Needs Linux x86-64, a C compiler
+~/.cache/gpt2-speedrun/preflight, or where SPEEDRUN_PREFLIGHT says; each --torch has its own, for
+machines that come with another release than requirements.txt's. Needs Linux x86-64, a C compiler
 and Python's headers.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -45,12 +47,19 @@ def separated(flags: list[str]) -> list[str]:
     return words
 
 
+def release(text: str) -> str:
+    if not re.fullmatch(r"\d+\.\d+\.\d+", text):
+        raise ValueError
+    return text
+
+
 def parse(argv: list[str]):
     parser = Parser("preflight", __doc__)
     parser.add_argument("script", nargs="?", default="train_gpt.py")
     parser.add_argument("--gpu", choices=CARDS, default="h100")
     parser.add_argument("--gpus", type=int, choices=(1, 8), default=1)
     parser.add_argument("--memory_gb", type=number_in(float, 1, 1000), help="GiB of each card")
+    parser.add_argument("--torch", type=release, help="another release, as 2.11.0")
     parser.add_argument("--timeout", type=number_in(float, 1), default=3600, help="seconds")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     at = argv.index("--") if "--" in argv else len(argv)
@@ -177,11 +186,12 @@ def text_of(report: dict) -> str:
 @command("preflight")
 def main(argv) -> int:
     options = parse(argv)
-    environment = Environment(cache_folder())
+    environment = Environment(cache_folder(), options.torch)
     try:
         with interruptible():
             environment.prepare()
-            say(f"runs {options.script} on a stand-in for {options.gpus} x {options.card.name}")
+            place = f"a stand-in for {options.gpus} x {options.card.name}"
+            say(f"runs {options.script} with {environment.torch} on {place}")
             run = Run(options, environment)
     except Interrupted as signal:
         say("interrupted")

@@ -11,7 +11,7 @@ typedef struct {
     int shared;    /* bytes that the kernel has asked for */
 } Function;
 
-enum { ELF_MACHINE_CUDA = 190 };
+enum { ELF_MACHINE_CUDA = 190, ABI_OF_CUDA_13 = 8 };
 enum { INFO_WITH_SIZE = 4, INFO_REGISTERS = 0x2f, INFO_STACK = 0x12 }; /* of section .nv.info */
 
 EXPORT CUresult cuInit(unsigned flags) {
@@ -108,7 +108,8 @@ EXPORT CUresult cuModuleLoadData(CUmodule *module, const void *image) {
         count("refused cubin", 0);
         return CUDA_ERROR_INVALID_IMAGE;
     }
-    int architecture = header->e_flags & 0xff;
+    int newer = header->e_ident[EI_ABIVERSION] >= ABI_OF_CUDA_13;
+    int architecture = header->e_flags >> (newer ? 8 : 0) & 0xff;
     if (architecture != card.compute) {
         fprintf(stderr, "nullgpu: a cubin for sm_%d on a card of sm_%d\n", architecture,
                 card.compute);

@@ -22,6 +22,7 @@ REQUIREMENTS = HERE.parents[2] / "requirements.txt"
 SOURCES = ("counts.c", "runtime.c", "driver.c", "libraries.c")
 ROOM = 3.5e9  # bytes of disk that the set-up needs; 2.3 GB stay
 LIBRARY = "libcuda.so.1"
+HEADERS = ("nvidia-cuda-runtime", "nvidia-cuda-crt")  # packages of CUDA's headers
 # Functions of NVIDIA's libraries, by how their names begin
 FOREIGN = re.compile(
     r"__cuda|cuda|cublas|cusolver|cusparse|cudnn|cufft|curand|cuFile|cupti|nccl|nvrtc|nvtx|nvshmem|nvJitLink|cu[A-Z]"
@@ -45,9 +46,16 @@ class Environment:
 
     venv/     Python with torch         lib/      the stand-in
     compiled/ torch's compile caches    runs/     outputs of the latest runs
+
+    release: of torch, in a folder of its own; None: requirements.txt's.
     """
 
-    def __init__(self, home: Path):
+    def __init__(self, home: Path, release: str | None = None):
+        requirements = REQUIREMENTS.read_text().split()
+        self.torch = next(line for line in requirements if line.startswith("torch=="))
+        self.others = [line for line in requirements if line != self.torch]
+        if release:
+            home, self.torch = home / f"torch-{release}", f"torch=={release}"
         self.home = home
         self.python = home / "venv" / "bin" / "python"
         self.library = home / "lib"
@@ -121,7 +129,8 @@ class Environment:
 
     def wanted(self) -> str:
         """What the stamp says of a complete installation: requirements and Python's version."""
-        return f"{REQUIREMENTS.read_text()}python {sys.version}\n"
+        words = [self.torch, *self.others, *HEADERS, f"python {sys.version}"]
+        return "\n".join(words)
 
     def installed(self) -> bool:
         return (
@@ -132,9 +141,6 @@ class Environment:
         say("first use: gets the CUDA build of torch, 730 MB to download, 2.3 GB on disk,")
         say(f"into {self.home}; SPEEDRUN_PREFLIGHT=FOLDER puts it elsewhere, deleting it undoes it")
         self.check_room()
-        requirements = REQUIREMENTS.read_text().split()
-        torch = next(line for line in requirements if line.startswith("torch=="))
-        others = [line for line in requirements if line != torch]
         if not self.python.exists():
             say("1 of 3: a virtual environment")
             self.call(
@@ -143,8 +149,8 @@ class Environment:
             )
         # New enough to take up a download that breaks off
         self.pip("--quiet", "--upgrade", "pip>=25.1")
-        say(f"2 of 3: {torch}")
-        self.pip("--no-deps", torch)
+        say(f"2 of 3: {self.torch}")
+        self.pip("--no-deps", self.torch)
         packages = self.find_packages()
         if not (packages / "torch/lib/libtorch_cuda.so").exists():
             self.pip_remove("torch")
@@ -153,8 +159,10 @@ class Environment:
             )
         needs = self.needs_of_torch()
         self.pip("--no-deps", *(need for need in needs if need.startswith("triton")))
+        cuda = re.search(r"cuda\b.*'(\d+\.\d+)'", (packages / "torch/version.py").read_text())[1]
+        self.pip("--quiet", "--no-deps", *(f"{name}=={cuda}.*" for name in HEADERS))
         say("3 of 3: what torch and the script need")
-        self.pip("--quiet", "--no-warn-conflicts", *needs, *others)
+        self.pip("--quiet", "--no-warn-conflicts", *needs, *self.others)
         self.stamp.write_text(self.wanted())
 
     def pip(self, *words: str):
@@ -229,8 +237,9 @@ class Environment:
         shutil.rmtree(self.home / "compiled", ignore_errors=True)
         torch = sorted((self.packages / "torch/lib").glob("*.so"))
         flags = ["-fPIC", "-O1", "-fvisibility=hidden", "-w"]
-        # CUDA's headers come with Triton.
-        headers = ["-I", str(self.packages / "triton/backends/nvidia/include")]
+        # Those of torch's CUDA: structures differ from release to release
+        (include,) = self.packages.glob("nvidia/cu*/include")
+        headers = ["-I", str(include)]
         for name in SOURCES:
             self.cc(*flags, *headers, "-c", str(HERE / name), "-o", f"{name}.o")
         written = defined(self.library / f"{name}.o" for name in SOURCES)
