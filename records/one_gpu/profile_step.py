@@ -126,7 +126,7 @@ def make_step(trainer, flags: list[str]):
     return (
         run,
         micro[count],
-        lambda: trainer.forward_backward(run, *batch),
+        lambda: trainer.forward_backward(run, *batch, micro[count]),
         lambda: trainer.update(run),
     )
 
