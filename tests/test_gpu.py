@@ -199,8 +199,7 @@ def test_compiled_and_eager_runs_give_close_losses(data, changes, tolerance):
     changes = changes | dict(n_embd=64)  # FlexAttention wants heads of 16 or more
     compiled = on_gpu(data, compile=True, **changes)
     close(compiled, on_gpu(data, **changes), tolerance)
-    ran, masked = compiled.result()["config"], {"doc_mask", "window"} & changes.keys()
-    assert ran["compile"] and ran["attention"] == ("flex" if masked else "sdpa")
+    assert compiled.result()["config"]["compile"]
 
 
 def test_nothing_is_compiled_after_the_warm_up(data, monkeypatch):

@@ -9,6 +9,7 @@ from helpers import ROOT, flags, make_data
 
 sys.path.insert(0, str(ROOT / "records" / "one_gpu"))
 import profile_step
+import prove
 import side_by_side
 
 import train_gpt
@@ -116,6 +117,33 @@ def test_a_profile_of_a_step(tmp_path, capsys, monkeypatch):
     total = sum(row["ms"] for row in result["classes"].values())
     assert total == pytest.approx(result["step_ms"])
     assert profile_step.main(["--trainer", str(tmp_path / "none.py")]) == 2
+
+
+@pytest.mark.parametrize("name", prove.CASES)
+def test_what_is_to_be_proved_are_flags_of_the_trainer(name, tmp_path):
+    args = SimpleNamespace(out=tmp_path, train_files="t", val_files="v")
+    config = train_gpt.parse_config(prove.command_of(name, args), "nov2024")
+    assert bool(config.generate) == (name == "sample")
+    assert config.preset == "nov2024" or config.window != train_gpt.Config.window
+
+
+@pytest.mark.slow
+def test_runs_are_compared_and_kept(tmp_path, capsys, monkeypatch):
+    shards = [f"--{kind}_files={tmp_path}/{kind}_*.bin" for kind in ("train", "val")]
+    folder = make_data(tmp_path)
+    words = flags(folder, device="cpu", compile=False, steps=3)
+    words = [word for word in words if "bin" not in word and "_files" not in word]
+    cases = dict(one=words, other=[*words, "--seed", "1"], wrong=["--no_such", "1"])
+    monkeypatch.setattr(prove, "CASES", {name: " ".join(words) for name, words in cases.items()})
+    monkeypatch.setattr(prove, "EQUAL", {("one", "other"): 1e-4})
+    argv = [*shards, "--out", str(tmp_path / "out")]
+    assert prove.main(argv) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["ok", "ok", "FAILED", "FAILED"]
+    assert "no_such" in lines[2] and "apart, more than 0.0001" in lines[3]
+    monkeypatch.setattr(prove, "EQUAL", {("one", "one"): 0.0})
+    monkeypatch.setattr(prove, "run", lambda name, args: pytest.fail("it is kept"))
+    assert prove.main([*argv, "--only", "one"]) == 0
 
 
 def test_flags_of_a_contender():

@@ -1,0 +1,156 @@
+"""The first ten minutes on a new GPU: does everything of the trainer run there, and compute what a
+CPU computes?
+
+    python -m pytest -q -m gpu tests/test_gpu.py        each CUDA path, on tiny models
+    python records/one_gpu/prove.py --train_files 'x_train_*.bin' --val_files 'x_val_*.bin' \\
+        --out FOLDER [--only NAME ...]
+
+Both presets for 200 updates at full width, an eighth of their batches, compiled, through every
+stage, with checkpoints; gpt2_small again from its middle; a sample; every optional method; and 50
+updates of a small model on the GPU and on the CPU, in fp32 and in bf16. Any GPT-2 token shards
+will do. What --out holds already is kept.
+
+One line for each: what it says, val_loss, ms per update, peak memory. Exit code 0: all as wanted;
+1: not so; 2: misuse."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if not __package__:  # run as a script
+    sys.path.insert(0, str(ROOT))
+from records.tools.command import BadInput, Parser, number_in, printable  # noqa: E402
+
+FULL = "--val_tokens 1048576 --val_every 50"
+NOV2024 = f"--preset nov2024 --steps 200 --momentum_warmup 31 --batch_tokens 65536 {FULL}"
+GPT2_SMALL = f"""--preset gpt2_small --steps 200 --extension 5 --momentum_warmup 38
+    --momentum_cooldown 6 --batch_tokens 16384 32768 49152 49152 {FULL}"""
+METHOD = f"--preset nov2024 --steps 60 --momentum_warmup 10 --batch_tokens 16384 {FULL}"
+TINY = """--preset gpt2_small --steps 50 --extension 2 --momentum_warmup 10 --momentum_cooldown 2
+    --n_layer 4 --n_embd 256 --n_head 2 --seq_len 1024 --val_seq_len 1024 --max_document 512
+    --batch_tokens 2048 4096 6144 6144 --window 128 256 384 448 --short_window 64 128 192 192
+    --final_window 512 --bigram_rows 50304 --val_tokens 32768 --val_every 25"""
+CASES = {
+    "nov2024": NOV2024,
+    "gpt2_small": f"{GPT2_SMALL} --checkpoint_every 100",
+    "gpt2_small resumed": f"{GPT2_SMALL} --checkpoint_every 100",  # see command_of
+    "sample": "--generate The --generate_tokens 60",
+    "doc_mask and window": f"{METHOD} --doc_mask --window 256 512",
+    "relora": f"{METHOD} --relora 64 --relora_warm_start 20 --relora_interval 10",
+    "galore": f"{METHOD} --galore 128 --galore_interval 20",
+    "galore, muon": f"{METHOD} --galore 128 --galore_interval 20 --low_rank_optimizer muon",
+    "galore, 8 bits": f"{METHOD} --galore 128 --galore_bits 8",
+    "galore, per layer": f"{METHOD} --galore 128 --galore_per_layer --no_compile",
+    "lawa": f"{METHOD} --lawa 5 --lawa_interval 10",
+    "lawa, replace": f"{METHOD} --lawa 3 --lawa_interval 10 --lawa_mode replace",
+    "sparsity": f"{METHOD} --sparsity 0.5 --mup_base_width 256",
+    "tiny fp32": f"{TINY} --no_bf16",
+    "tiny fp32, CPU": f"{TINY} --no_bf16 --device cpu",
+    "tiny bf16": TINY,
+    "tiny bf16, CPU": f"{TINY} --device cpu",
+}
+EQUAL = {  # pairs that must have the same losses of training: to so many nats
+    ("gpt2_small", "gpt2_small resumed"): 0.02,
+    ("tiny fp32", "tiny fp32, CPU"): 0.005,
+    ("tiny bf16", "tiny bf16, CPU"): 0.05,
+}
+
+
+def checkpoints(out: Path) -> Path:
+    return out / "gpt2_small" / "checkpoints"
+
+
+def command_of(name: str, args) -> list[str]:
+    """Words for train_gpt.py."""
+    folder = args.out / name
+    words = CASES[name].split()
+    if name == "sample":
+        return [*words, "--checkpoint_dir", str(checkpoints(args.out))]
+    words += ["--train_files", args.train_files, "--val_files", args.val_files]
+    words += ["--log_dir", str(folder), "--checkpoint_dir", str(folder / "checkpoints")]
+    if name.endswith("resumed"):
+        found = sorted(checkpoints(args.out).glob("*/step_000100.pt"))
+        words += ["--resume", str(found[-1]) if found else "none"]
+    return words
+
+
+def run(name: str, args) -> dict:
+    """{said: the last line, code, losses: {step: train loss}, result: the log's last line}."""
+    folder = args.out / name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *command_of(name, args)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
+        code, said = done.returncode, f"{done.stdout}\n{done.stderr}"
+    except subprocess.TimeoutExpired:
+        code, said = -1, f"not finished after {args.timeout:g} s"
+    (folder / "output").write_text(said)
+    found = dict(code=code, said=said.strip().splitlines()[-1], losses={}, result={})
+    for log in sorted(folder.glob("*.txt"))[-1:]:
+        lines = log.read_text().rpartition("=" * 100)[2].splitlines()
+        for line in lines:
+            if " train_loss:" in line:
+                step, loss = line.split()[0], line.split()[1]
+                found["losses"][step] = float(loss.partition(":")[2])
+        if code == 0:
+            found["result"] = json.loads(lines[-1])
+    return found
+
+
+def row(name: str, found: dict) -> str:
+    result = found["result"]
+    facts = printable(found["said"], 100)
+    if result:
+        memory = f"{result['peak_memory_bytes'] / 1e9:6.1f} GB"
+        step = f"{result['step_avg_ms']:9.1f} ms"
+        facts = f"val_loss {result['val_loss']:.4f} {step} {memory}  {result['device']}"
+    return f"{'ok' if found['code'] == 0 else 'FAILED':<7} {name:<22} {facts}"
+
+
+def unequal(one: dict, other: dict, most: float) -> str:
+    """What is wrong with a pair, if anything."""
+    steps = one["losses"].keys() & other["losses"].keys()
+    if not steps:
+        return "no losses to compare"
+    apart = max(abs(one["losses"][step] - other["losses"][step]) for step in steps)
+    return "" if apart <= most else f"losses are {apart:.4f} apart, more than {most}"
+
+
+def main(argv=None) -> int:
+    parser = Parser("", __doc__, prog="prove.py")
+    parser.add_argument("--train_files", required=True, metavar="GLOB")
+    parser.add_argument("--val_files", required=True, metavar="GLOB")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES], metavar="NAME")
+    parser.add_argument("--timeout", type=number_in(float, 1), default=300, help="seconds a run")
+    try:
+        args = parser.parse_args(argv)
+        args.out = args.out.resolve()
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (BadInput, OSError) as error:
+        print(f"prove.py: {error}", file=sys.stderr)
+        return 2
+    kept, found, good = args.out / "prove.json", {}, True
+    if kept.exists():
+        found = json.loads(kept.read_text())
+    for name in args.only:
+        if found.get(name, {}).get("code") != 0:
+            found[name] = run(name, args)
+            aside = kept.with_suffix(".tmp")
+            aside.write_text(json.dumps(found, indent=1))
+            os.replace(aside, kept)
+        print(row(name, found[name]), flush=True)
+        good &= found[name]["code"] == 0
+    for (one, other), most in EQUAL.items():
+        if {one, other} <= found.keys():
+            wrong = unequal(found[one], found[other], most)
+            print(f"{'FAILED' if wrong else 'ok':<7} {one} = {other} {wrong}".rstrip())
+            good &= not wrong
+    return int(not good)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
