@@ -308,7 +308,8 @@ def check_run(task: dict) -> list[dict]:
 
     first = look()
     for step in range(1, steps + 1):
-        tg.forward_backward(run, *tg.split(batches.batch_at(step), run.runtime.device))
+        batch = tg.split(batches.batch_at(step), run.runtime.device)
+        tg.forward_backward(run, *batch, len(batch[0]))
         tg.update(run)
         now = look()
         sizes = {}

@@ -1,16 +1,77 @@
-"""records/methods/middle_scale.py: its recipes, its arithmetic, and its edit of the trainer."""
+"""records/methods: every study runs with today's trainer; middle_scale's recipes, arithmetic, and
+edit of the trainer."""
 
+import dataclasses
 import importlib.util
 import sys
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, make_data
 
 import train_gpt
 
 sys.path.insert(0, str(ROOT / "records" / "methods"))
+import lawa  # noqa: E402
+import memory  # noqa: E402
 import middle_scale  # noqa: E402
+import relora  # noqa: E402
+import supar  # noqa: E402
+
+
+@pytest.fixture
+def small(tmp_path) -> dict:
+    """Fields of a run that takes a moment."""
+    files = {f"{kind}_files": f"{make_data(tmp_path)}/{kind}_*.bin" for kind in ("train", "val")}
+    sizes = dict(n_layer=1, seq_len=16, batch_tokens=(64,), val_tokens=64, momentum_warmup=2)
+    return files | sizes | dict(steps=8)
+
+
+def test_lawa_runs(small, monkeypatch):
+    monkeypatch.setattr(lawa, "SMALL", dataclasses.replace(lawa.SMALL, **small))
+    for name, value in dict(STEPS=8, EVERY=4, INTERVALS=(1, 2), K=2).items():
+        monkeypatch.setattr(lawa, name, value)
+    task = dict(seed=0, cooldown=0.0, factor=1)
+    modes = {
+        row["mode"] for interval in (0, 2) for row in lawa.run_one(task | dict(interval=interval))
+    }
+    assert modes == {"raw", "eval, every 1", "eval, every 2", "replace, every 2"}
+
+
+@pytest.mark.parametrize(
+    "variant", ["ReLoRA", "no warm start: restarts", "ReLoRA, adapters with Muon"]
+)
+def test_relora_runs(variant, small, monkeypatch):
+    small |= dict(val_every=4)
+    monkeypatch.setattr(relora, "BASE", dataclasses.replace(relora.BASE, **small))
+    fields = {
+        name: min(value, 3) if "relora" in name else value
+        for name, value in relora.VARIANTS[variant].items()
+    }
+    monkeypatch.setitem(relora.VARIANTS, variant, fields)
+    found = relora.run_one(dict(variant=variant, lr=0.004, seed=0))
+    assert set(found["val"]) == {0, 4, 8}
+
+
+def test_supar_runs(small, monkeypatch):
+    changed = dataclasses.replace(supar.SMALL, **small | dict(batch_tokens=(32,)))
+    monkeypatch.setattr(supar, "SMALL", changed)
+    monkeypatch.setattr(
+        supar,
+        "config_of",
+        lambda width, density, optimizer, **fields: dataclasses.replace(
+            changed, n_embd=64, n_head=2, matrix_optimizer=optimizer, sparsity=1 - density, **fields
+        ),
+    )
+    task = dict(width=64, density=0.5, seed=0, rule="SuPar", power=0.25, mask_first=False)
+    for optimizer in ("adam", "muon"):
+        rows = supar.check_run(task | dict(optimizer=optimizer, steps=1))
+        assert rows and all(row["step"] == 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_memory_follows_its_formula():
+    memory.check_formula("60M")
 
 
 def config_of(trainer, name, *more):
