@@ -438,9 +438,8 @@ def init_runtime(c):
 
 
 # ------------------------------------------------------------------------------------------ Data
-HEADER_BYTES = (
-    1024  # of a shard as in llm.c: 256 int32 (magic, version, tokens), then uint16 tokens
-)
+# A shard, as in llm.c: 256 int32 (magic, version, tokens, zeros), then the tokens as uint16
+HEADER_BYTES = 1024
 
 
 class Shards:
@@ -568,12 +567,12 @@ def seeded(*where):
 class Layer:
     """The roles of one layer."""
 
-    attention: bool = True
-    long: bool = True  # looks back by window, not by short_window
-    paired: bool = False
-    offset: bool = False  # its keys
-    table: int | None = None  # of value_embeds
-    skip: int | None = None  # the layer whose output is added before this one
+    attention: bool
+    long: bool  # looks back by window, not by short_window
+    paired: bool
+    offset: bool  # its keys
+    table: int | None  # of value_embeds
+    skip: int | None  # the layer whose output is added before this one
 
 
 def layer_plan(c: Config) -> list[Layer]:
@@ -1363,9 +1362,12 @@ class Log:
             print("\r\033[K" * self.live + text, end=end, flush=True)
 
     def loss(self, step, steps, kind, loss, ms):
-        """The public speedrun's line; kind: val or train."""
+        """The public speedrun's line; kind: val or train. Errors: UserError when it is not
+        finite."""
         times = f"train_time:{ms:.0f}ms step_avg:{ms / max(1, step):.2f}ms"
         self.line(f"step:{step}/{steps} {kind}_loss:{loss:.4f} {times}", echo=kind == "val")
+        lost = not math.isfinite(loss)
+        refuse(lost, f"the {kind} loss became {loss} at step {step}: lower the learning rates")
 
     def progress(self, text):
         """The live line: rewritten in place on a terminal, every ten seconds elsewhere."""
@@ -1716,18 +1718,11 @@ def read_losses(run, late=0):
         if event:
             event.synchronize()
         loss, stopping = host.tolist()
-        log_loss(run, step, "train", loss)
+        run.log.loss(step, run.config.steps, "train", loss, run.clock.ms)
         if stopping:
             late = 0  # the log that goes into the checkpoint is whole
     if stopping and run.step % run.config.adam_every == 0:  # no gradients on their way
         raise Stopped
-
-
-def log_loss(run, step, kind, loss):
-    """Errors: UserError when it is not finite."""
-    run.log.loss(step, run.config.steps, kind, loss, run.clock.ms)
-    lost = not math.isfinite(loss)
-    refuse(lost, f"the {kind} loss became {loss} at step {step}: lower the learning rates")
 
 
 def training_loop(run, batches, val, stop):
@@ -1741,7 +1736,7 @@ def training_loop(run, batches, val, stop):
             read_losses(run)
             with clock.paused():
                 val_loss = evaluate(run, val)
-            log_loss(run, run.step, "val", val_loss)
+            run.log.loss(run.step, c.steps, "val", val_loss, clock.ms)
         if last:
             clock.switch(on=False)
             return val_loss
@@ -1958,21 +1953,16 @@ class ReLoRA(Method):
         c, model = self.config, run.model
         if step < c.relora_warm_start or adapters(model):
             return
+        modules = dict(model.named_modules())
         for name, p in list(model.named_parameters()):
-            path, _, last = name.removesuffix(".weight").rpartition(".")
             if is_matrix(name, p):
-                linear = getattr(model.get_submodule(path), last)
-                refuse(
-                    type(linear) is not Linear, f"--relora does not know {name}: make it a Linear"
-                )
-                setattr(
-                    model.get_submodule(path), last, LoRALinear(linear, c.relora, c.relora_scale)
-                )
+                path = name.removesuffix(".weight")
+                unknown = type(modules.get(path)) is not Linear
+                refuse(unknown, f"--relora does not know {name}: make it a Linear")
+                model.set_submodule(path, LoRALinear(modules[path], c.relora, c.relora_scale))
         matrices = {name: p for name, p in model.named_parameters() if name[-2:] in (".A", ".B")}
-        run.optimizers = [
-            o for o in run.optimizers if o.weights.ndim != 3
-        ]  # the frozen matrices' go
-        run.optimizers += stack_matrices(matrices, c.low_rank_optimizer, run)
+        others = [o for o in run.optimizers if o.weights.ndim != 3]  # the frozen matrices' go
+        run.optimizers = others + stack_matrices(matrices, c.low_rank_optimizer, run)
 
     @torch.no_grad()
     def after_step(self, step, run):

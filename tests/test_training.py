@@ -185,7 +185,7 @@ def test_schedules_are_lists(place):
     seen, update = [], train_gpt.update
 
     def watch(run):
-        seen.append((run.model.stage[0], {o.scale for o in run.optimizers}))
+        seen.append((run.model.stage[0][True], {o.scale for o in run.optimizers}))
         update(run)
 
     sizes, forward_backward = [], train_gpt.forward_backward
@@ -200,12 +200,12 @@ def test_schedules_are_lists(place):
         outcome = run(place(**STAGES, cooldown=0))
     assert sizes[-12:] == [128] * 4 + [256] * 4 + [512] * 4
     rates = [1.0] * 7 + [0.5] * 5  # a rate joins one update late
-    windows = [(8, 8)] * 6 + [(16, 16)] * 6
+    windows = [8] * 6 + [16] * 6
     assert seen[-12:] == [(w, {rate}) for w, rate in zip(windows, rates, strict=True)]
     assert outcome.result()["tokens"] == 4 * (128 + 256 + 512)
     assert outcome.result()["config"]["window"] == [8, 16]
     assert sorted(set(sizes[:-12])) == [128, 256, 512], "the warm-up runs every size"
-    assert {windows for windows, _ in seen[:-12]} == {(8, 8), (16, 16)}, "and every window"
+    assert {windows for windows, _ in seen[:-12]} == {8, 16}, "and every window"
 
 
 # -------------------------------------------------------------------------------------- the clock

@@ -24,6 +24,9 @@ SMALL = dataclasses.replace(
     n_embd=64,
     n_head=2,
     ngram=0,
+    value_embeds=False,
+    key_offset=False,
+    half_rotary=False,
     normuon=0.0,
     lr_floor=0.0,
     momentum_warmup=60,
@@ -47,6 +50,7 @@ class Recorder:
 
     def loss(self, step, steps, kind, loss, ms):
         getattr(self, kind)[step] = loss
+        tg.refuse(not math.isfinite(loss), "it diverged")
 
     def line(self, text, echo=False): ...
     def progress(self, text): ...
