@@ -582,6 +582,20 @@ def test_scheduled_tokens_are_those_of_the_loader(case, tmp_path):
         assert [int(batches.batch_at(step).min()) for step in (3, 4, 0)] == [1, 1, 0]
 
 
+@pytest.mark.parametrize("count", [1, 4, 16, 40])
+def test_questions_hide_the_future(count, case):
+    """The prefix is the row's own, what follows is not, and no row is asked twice in a batch."""
+    case.config, case.row_order = SimpleNamespace(val_len=16), np.arange(count)
+    case.rng = np.random.default_rng(0)
+    case.other_val = case.corpus.other_val(case.rng)
+    shown, sizes, at = case.ask_prefixes(None)
+    equal = shown == case.rows(case.corpus)[case.asked_row, :-1]
+    later = np.arange(16) > np.array(at)[:, None]
+    assert equal[~later].all() and equal[later].mean() < 0.2
+    batches = np.split(case.asked_row, np.cumsum(sizes)[:-1])
+    assert all(len(set(batch)) == len(batch) for batch in batches)
+
+
 def lines(*rows):
     return [
         judge_runs.Line(seen, seen, step, kind, "1.0", logged) for step, kind, seen, logged in rows

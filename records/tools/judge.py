@@ -158,7 +158,7 @@ def causality(case):
     wrong = np.abs(gain) > limit
     mean, error = gain.mean(), gain.std() / math.sqrt(len(gain))
     if wrong.sum() >= max(2, FEW * len(gain) * (limit > EXACT)) or mean > LEAK + 4 * error:
-        places = ", ".join(map(str, np.unique(case.asked_at[wrong])[:4]))
+        places = ", ".join(map(str, np.unique(case.asked_at[wrong])[:4])) or "none alone"
         reason = f"at {wrong.sum()} of {len(gain)} positions asked (such as {places}) the logits"
         return "fail", f"{reason} depend on later tokens or other rows, by {mean:.3f} nats a token"
     return "pass", f"{len(gain)} positions keep their logits with another future, among other rows"

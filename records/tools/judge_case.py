@@ -334,7 +334,7 @@ class Case:
         return answers
 
     def ask_prefixes(self, run):
-        """One position of each of Q rows, all later tokens being another row's."""
+        """One position of each of Q rows, all later tokens being of another text."""
         if hasattr(self, "question"):
             return self.question
         rows = self.rows(self.corpus)
@@ -342,11 +342,11 @@ class Case:
         asked = min(QUESTIONS, max(count, 4 * length))
         self.asked_at = np.sort(np.resize(np.arange(length), asked))  # short prefixes first
         self.asked_row = np.resize(self.rng.permutation(count), asked)
-        shown = rows[self.asked_row, :-1]
-        others = np.roll(shown, asked // 2, axis=0)  # no row's future is in its batch
+        others = self.rows(replace(self.corpus, val=self.other_val))
         later = np.arange(length) > self.asked_at[:, None]
-        sizes = batch_sizes(asked, self.most, self.rng)
-        self.question = np.where(later, others, shown), sizes, self.asked_at.tolist()
+        shown = np.where(later, others[self.asked_row, :-1], rows[self.asked_row, :-1])
+        sizes = batch_sizes(asked, min(self.most, count), self.rng)  # no row twice in a batch
+        self.question = shown, sizes, self.asked_at.tolist()
         return self.question
 
     def prefix_losses(self) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""Tokens per second that the loader delivers from the page cache, in one process without the
-reading thread.
+"""Tokens per second that the loader delivers from the page cache, in one process.
 
-python -m records loader_speed 'data/fineweb10B/fineweb_train_*.bin' [--rows 512] [--seq_len 1024]
-[--spread_rows]"""
+python -m records loader_speed 'data/fineweb10B/fineweb_train_*.bin' [--rows 512]
+    [--seq_len 1024] [--spread_rows]"""
 
 import statistics
 import time
