@@ -863,7 +863,8 @@ class GPT(nn.Module):
 
     def set_stage(self, step):
         """Take the form that update `step`, 0-based, trains; c.steps: of the last validation. What
-        changes is tensors, so that nothing compiles again."""
+        changes is tensors, so that nothing compiles again; in dicts, since torch 2.11's compiler
+        indexes no list by a bool."""
         c, device = self.config, self.wte.weight.device
         self.ahead = [torch.tensor(weight) for weight in prediction_weights(step, c)]
         windows = windows_at(step, c)

@@ -23,18 +23,18 @@ def flag(job, name: str) -> list[str]:
     return words[: ends[0]] if ends else words
 
 
-def test_our_presets_shrink_by_the_same_two_factors(tmp_path):
+def test_our_presets_shrink_by_the_same_two_factors():
     """600 of nov2024's 3242 updates, an eighth of its batch: 296 of gpt2_small's 1600."""
-    ours = side_by_side.our_job("--preset nov2024", PLAN, tmp_path)
+    ours = side_by_side.our_job("--preset nov2024", PLAN)
     assert ours.tokens == [65536] * 600 and flag(ours, "momentum_warmup") == ["93"]
-    small = side_by_side.our_job("--preset gpt2_small --lawa 3", PLAN, tmp_path)
+    small = side_by_side.our_job("--preset gpt2_small --lawa 3", PLAN)
     assert flag(small, "batch_tokens") == ["16384", "32768", "49152", "49152"]
     assert (len(small.tokens), flag(small, "extension"), flag(small, "lawa")) == (296, ["7"], ["3"])
     whole = train_gpt.PRESETS["gpt2_small"]
     tokens = sum(train_gpt.at_step(whole.batch_tokens, step, whole) for step in range(whole.steps))
     assert sum(small.tokens) == pytest.approx(tokens / 8 * 600 / 3242, rel=0.01)
     with pytest.raises(side_by_side.Failed, match="no_such"):
-        side_by_side.our_job("--no_such 1", PLAN, tmp_path)
+        side_by_side.our_job("--no_such 1", PLAN)
 
 
 def test_a_peers_script_is_changed_where_it_must_be(tmp_path):

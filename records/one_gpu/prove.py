@@ -14,15 +14,15 @@ One line for each: what it says, val_loss, ms per update, peak memory. Exit code
 1: not so; 2: misuse."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
-from records.tools.command import BadInput, Parser, number_in, printable  # noqa: E402
+from records.tools import logs  # noqa: E402
+from records.tools.command import BadInput, Parser, number_in, printable, write_json  # noqa: E402
+from records.tools.runs import Failed, Interrupted, call, interruptible  # noqa: E402
 
 FULL = "--val_tokens 1048576 --val_every 50"
 NOV2024 = f"--preset nov2024 --steps 200 --momentum_warmup 31 --batch_tokens 65536 {FULL}"
@@ -78,36 +78,29 @@ def command_of(name: str, args) -> list[str]:
 
 
 def run(name: str, args) -> dict:
-    """{said: the last line, code, losses: {step: train loss}, result: the log's last line}."""
+    """{error: what went wrong, losses: {step: train loss}, result: the log's last line}."""
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(ROOT / "train_gpt.py"), *command_of(name, args)]
+    command = [sys.executable, ROOT / "train_gpt.py", *command_of(name, args)]
+    found = dict(error="", losses={}, result={})
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=args.timeout)
-        code, said = done.returncode, f"{done.stdout}\n{done.stderr}"
-    except subprocess.TimeoutExpired:
-        code, said = -1, f"not finished after {args.timeout:g} s"
-    (folder / "output").write_text(said)
-    found = dict(code=code, said=said.strip().splitlines()[-1], losses={}, result={})
-    for log in sorted(folder.glob("*.txt"))[-1:]:
-        lines = log.read_text().rpartition("=" * 100)[2].splitlines()
-        for line in lines:
-            if " train_loss:" in line:
-                step, loss = line.split()[0], line.split()[1]
-                found["losses"][step] = float(loss.partition(":")[2])
-        if code == 0:
-            found["result"] = json.loads(lines[-1])
+        call(command, folder / "output", args.timeout)
+    except Failed as failure:
+        found["error"] = str(failure)
+    for path in sorted(folder.glob("*.txt"))[-1:]:
+        (log,) = logs.read_log(path)
+        found["losses"] = {str(step): loss for step, loss, _ in log.train}
+        found["result"] = log.result or {}
     return found
 
 
 def row(name: str, found: dict) -> str:
-    result = found["result"]
-    facts = printable(found["said"], 100)
+    result, facts = found["result"], printable(found["error"], 100)
     if result:
         memory = f"{result['peak_memory_bytes'] / 1e9:6.1f} GB"
         step = f"{result['step_avg_ms']:9.1f} ms"
         facts = f"val_loss {result['val_loss']:.4f} {step} {memory}  {result['device']}"
-    return f"{'ok' if found['code'] == 0 else 'FAILED':<7} {name:<22} {facts}"
+    return f"{'FAILED' if found['error'] else 'ok':<7} {name:<22} {facts}"
 
 
 def unequal(one: dict, other: dict, most: float) -> str:
@@ -119,37 +112,41 @@ def unequal(one: dict, other: dict, most: float) -> str:
     return "" if apart <= most else f"losses are {apart:.4f} apart, more than {most}"
 
 
-def main(argv=None) -> int:
+def prove(argv) -> int:
     parser = Parser("", __doc__, prog="prove.py")
     parser.add_argument("--train_files", required=True, metavar="GLOB")
     parser.add_argument("--val_files", required=True, metavar="GLOB")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES], metavar="NAME")
     parser.add_argument("--timeout", type=number_in(float, 1), default=300, help="seconds a run")
-    try:
-        args = parser.parse_args(argv)
-        args.out = args.out.resolve()
-        args.out.mkdir(parents=True, exist_ok=True)
-    except (BadInput, OSError) as error:
-        print(f"prove.py: {error}", file=sys.stderr)
-        return 2
-    kept, found, good = args.out / "prove.json", {}, True
-    if kept.exists():
-        found = json.loads(kept.read_text())
+    args = parser.parse_args(argv)
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept, good = args.out / "prove.json", True
+    found = json.loads(kept.read_text()) if kept.exists() else {}
     for name in args.only:
-        if found.get(name, {}).get("code") != 0:
+        if name not in found or found[name]["error"]:
             found[name] = run(name, args)
-            aside = kept.with_suffix(".tmp")
-            aside.write_text(json.dumps(found, indent=1))
-            os.replace(aside, kept)
+            write_json(kept, found)
         print(row(name, found[name]), flush=True)
-        good &= found[name]["code"] == 0
+        good &= not found[name]["error"]
     for (one, other), most in EQUAL.items():
         if {one, other} <= found.keys():
             wrong = unequal(found[one], found[other], most)
             print(f"{'FAILED' if wrong else 'ok':<7} {one} = {other} {wrong}".rstrip())
             good &= not wrong
     return int(not good)
+
+
+def main(argv=None) -> int:
+    try:
+        with interruptible():
+            return prove(sys.argv[1:] if argv is None else argv)
+    except (BadInput, OSError) as error:
+        print(f"prove.py: {error}", file=sys.stderr)
+        return 2
+    except Interrupted as stopped:
+        return stopped.args[0]
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ FLOPS_PER_TOKEN = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 768 * 12 * ROW // 
 LOGS = {"record": "2024-11-08_CastBf16", "newest": "2025-08-23_SparseAttnGate"}
 SIMPLE = "records/track_3_optimization/train_gpt_simple.py"
 VAL = re.compile(r"^step[: ](\d+)(?:/\d+)?:? .*?val[_ ]loss[: ]+(?:tensor\()?([\d.]+)", re.M)
-IN_UPDATES = ("steps", "extension", "momentum_warmup", "momentum_cooldown", "val_every")
+IN_UPDATES = ("steps", "extension", "momentum_warmup", "momentum_cooldown")
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,13 @@ runpy.run_path(script, run_name="__main__")
 # ------------------------------------------------------------------------------------ contenders
 
 
-def our_job(flags: str, plan: Plan, work: Path) -> Job:
+def our_job(flags: str, plan: Plan) -> Job:
     """train_gpt.py with its preset shrunk. Raises Failed where its rows do not fit the batch."""
     try:
         whole = train_gpt.parse_config(shlex.split(flags), "gpt2_small")
-        values = {name: plan.updates(getattr(whole, name)) for name in IN_UPDATES}
+        lengths = {name: getattr(whole, name) for name in IN_UPDATES}
+        values = {name: length and plan.updates(length) for name, length in lengths.items()}
         values["val_every"] = plan.val_every
-        values |= {name: 0 for name in IN_UPDATES if not getattr(whole, name)}
         values["batch_tokens"] = [n * plan.batch_tokens // BATCH for n in whole.batch_tokens]
         values["val_tokens"] = plan.val_tokens
         values |= {
@@ -250,7 +250,7 @@ def source_of_log(folder: Path) -> str:
 
 def job_of(name: str, args, plan: Plan, work: Path) -> Job:
     if name.startswith("ours"):
-        return our_job(flags_of(name, args), plan, work)
+        return our_job(flags_of(name, args), plan)
     if name == "nanogpt":
         return nanogpt_job(args.nanogpt, plan, work)
     if name == "simple":
