@@ -38,6 +38,28 @@ def test_lawa_runs(small, monkeypatch):
     assert modes == {"raw", "eval, every 1", "eval, every 2", "replace, every 2"}
 
 
+# Bytes of state: four matrices of 32 x 32, two of 128 x 32. A projection of rank 4 is 32 x 4; an
+# 8-bit moment has a scale per row.
+HIDDEN_STATE = {
+    "Muon": 4 * 12288,
+    "Adam": 4 * 2 * 12288,
+    "GaLore 4": 4 * (6 * 128 + 2 * 1536),
+    "GaLore 4, 8 bit": 4 * 6 * 128 + 2 * 1536 + 4 * 2 * 384,
+    "GaLore 4, 8 bit, per layer": 4 * 6 * 128 + 2 * 1536 + 4 * 2 * 384,
+    "ReLoRA 4": 4 * 2 * 2304,
+}
+
+
+@pytest.mark.parametrize("name, state", HIDDEN_STATE.items())
+def test_memory_measures(name, state):
+    tiny = dict(n_layer=1, n_head=2, n_embd=32, ngram=0, value_embeds=False, normuon=0.0)
+    row = memory.measure("laptop", name, memory.variants(4)[name] | tiny)
+    assert row["hidden_state"] == state
+    saved = row["weights"] - row["gradients"]
+    alive = {"GaLore 4, 8 bit, per layer": 4 * 4096, "ReLoRA 4": 0}  # of hidden gradients
+    assert saved == 4 * 12288 - alive.get(name, 4 * 12288)
+
+
 @pytest.mark.parametrize(
     "variant", ["ReLoRA", "no warm start: restarts", "ReLoRA, adapters with Muon"]
 )

@@ -248,7 +248,7 @@ def report():
 
 
 def main(argv=None) -> int:
-    flags = arguments(__doc__.splitlines()[0]).parse_args(argv)
+    flags = arguments(__doc__.partition("\n\n")[0]).parse_args(argv)
     if not flags.plot_only:
         study(flags.processes)
     report()

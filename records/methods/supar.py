@@ -436,7 +436,7 @@ def report_check():
 
 
 def main(argv=None) -> int:
-    parser = arguments(__doc__.splitlines()[0])
+    parser = arguments(__doc__.partition("\n\n")[0])
     parser.add_argument(
         "--part",
         choices=("check", "sweep"),
