@@ -11,7 +11,7 @@ github.com/KellerJordan/modded-nanogpt. Known scripts, and our flags that each i
 
 Their model and optimizers run on the CPU, plain operations in the place of kernels (--replaced
 lists them, records/tools/peer.py holds them). Both sides are narrow, and their schedules are shrunk
-by one rule: a phase of n updates has n / 100, at least 3. Their first weights are moved off 0 and
+by one rule: a phase of n updates has n / 104, at least 3. Their first weights are moved off 0 and
 1, behind which errors hide, and copied into ours by name. Both get the same batches. At each step
 are compared: logits and loss before the update, every gradient, every weight after it. A difference
 is |ours - theirs| / |theirs| over a tensor.

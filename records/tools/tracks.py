@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from data import laptop
 
-# Of kjj0/fineweb10B-gpt2: the object id under which the hub keeps the shard. Nobody here has
-# fetched it; the same value stands in several public repositories.
+# Of kjj0/fineweb10B-gpt2: the object id under which the hub keeps the shard. This
+# project has never fetched it; the same value stands in several public repositories.
 FINEWEB_VAL = {
     "fineweb_val_000000.bin": "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640"
 }
