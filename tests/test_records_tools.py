@@ -33,7 +33,8 @@ def place(tmp_path, monkeypatch):
 def make(folder, name, date="2026-11-20", source=SOURCE, race=None, **changes):
     """A record folder by submit, each run with an id of its own; race: (reference, ratio)."""
     paths = []
-    for seed in range(5):
+    changes = dict(step_ms=10 + len(name) / 10) | changes  # no two records have the same times
+    for seed in range(4 if race else 5):
         header = dict(run_id=f"{date}_{name}_{seed}")
         where = folder.parent / "logs" / name / str(seed)
         paths += logs_in(where, seeds=(seed,), source=source, header=header, **changes)
@@ -196,7 +197,7 @@ def test_ranking_by_races(place):
     table = board.leaderboard("laptop", records).splitlines()
     assert len(table) == 5 and table[3].startswith(
         "| 2 | [2026-11-21_better](laptop/2026-11-21_better) | 0.800 | 0.800 [0.800, 0.801] "
-        "against 2026-11-20_plain | 1.4922 ± 0.0017 | 5 |"
+        "against 2026-11-20_plain | 1.4916 ± 0.0014 | 4 |"
     )
     steps = board.ablation(records).splitlines()[2:]
     assert steps[0] == "| plain | 1.4922 ± 0.0017 | 5 | – | start | 1.000 |"
@@ -229,6 +230,15 @@ def test_only_winners_are_ranked(place, monkeypatch, capsys):
     assert [r.name[11:] for r in board.ranked("laptop", records)] == ["plain"]
     assert "| less time; equal loss not shown |" in board.ablation(records)
     assert "- Not ranked: [2026-11-21_better]" in board.leaderboard("laptop", records)
+
+
+def test_a_place_takes_a_race_against_the_fastest(place):
+    first, second, third = chain(place)
+    lucky = make(place, "lucky_one", "2026-11-23", SOURCE + "# 3\n", race=(second, 0.4))
+    records = board.read_track("laptop")
+    assert lucky.name not in [r.name for r in board.ranked("laptop", records)]
+    said = "it was raced against 2026-11-21_better, when 2026-11-22_best was the fastest"
+    assert f"{lucky.name}): {said}." in board.leaderboard("laptop", records)
 
 
 def test_names_in_tables_are_text(place):

@@ -128,8 +128,7 @@ def read_record(folder: str, track: str) -> Record:
     path = os.path.join(folder, "race.json")
     if os.path.lexists(path):
         record.race = folders.read_json(path, [])
-        place = record.race["reference"].split()[0].removesuffix("/train_gpt.py").rstrip("/")
-        record.reference = os.path.basename(place)
+        record.reference = folders.reference_of(record.race)
     return record
 
 
@@ -145,7 +144,22 @@ def read_track(track: str) -> list[Record]:
         record.relative = relative_time(record, by_name, good[0])
         if TRACKS[track].raced and record.relative is None and not record.unranked:
             record.unranked = "its race leads to no record that is here"
+    if TRACKS[track].raced:
+        demand_the_best(good, TRACKS[track].early)
     return records
+
+
+def demand_the_best(records: list[Record], early):
+    """A place takes a race against the fastest record of its day: a ratio against a slower one says
+    nothing of who is faster."""
+    best = records[0] if records else None
+    for record in records:
+        met = record is best or record.reference == best.name or record.name in early
+        if not met and not record.unranked:
+            words = f"it was raced against {record.reference}, when {best.name} was the fastest"
+            record.unranked = words
+        if not record.unranked and record.relative < best.relative:
+            best = record
 
 
 def relative_time(record, by_name, first) -> float | None:

@@ -1,6 +1,7 @@
 """Record folders: are their files what submit and race write, and do they say what the logs say?"""
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -101,9 +102,8 @@ def check_record(folder, track=None, target=None, alpha=stats.ALPHA) -> Group:
         )
     track = track or place or (named if isinstance(named, str) and named in TRACKS else None)
     code = os.path.join(folder, "train_gpt.py")
-    sha = logs.sha256_file(code) if is_file(code) else None
-    names = sorted(n for n in os.listdir(folder) if n.startswith("run_") and n.endswith(".txt"))
-    runs = [run for n in names for run in logs.read_log(os.path.join(folder, n))]
+    sha = source_sha256(code)
+    runs = [run for path in logs_of(folder) for run in logs.read_log(path)]
     if not runs:
         reasons = [*problems, "there is no run_*.txt"]
         return Group(name, sha, [], track=track, alpha=alpha, reasons=reasons)
@@ -125,6 +125,12 @@ def check_record(folder, track=None, target=None, alpha=stats.ALPHA) -> Group:
     return group
 
 
+def source_sha256(path) -> str | None:
+    """None where there is no source of a size that a record may have."""
+    fits = is_file(path) and os.path.getsize(path) <= MAX_SOURCE
+    return logs.sha256_file(path) if fits else None
+
+
 def is_file(path) -> bool:
     """Whether this is a file and nothing else: no link, no device, no pipe."""
     try:
@@ -136,12 +142,14 @@ def is_file(path) -> bool:
 def check_files(folder) -> list[str]:
     """Names, kinds and sizes, before anything is opened."""
     reasons, size = [], 0
+    if os.path.islink(folder):
+        reasons.append("the folder is a link: copy what it leads to")
     found = NAME.fullmatch(os.path.basename(folder))
     try:
         datetime.date.fromisoformat(found[1] if found else "")
     except ValueError:
         reasons.append("the folder's name is not <date>_<name>, of letters, digits, - and _")
-    for name in sorted(set(os.listdir(folder)) - {"__pycache__"}):
+    for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if not FILE.fullmatch(name):
             reasons.append(f"{printable(name, 60)} does not belong into a record folder")
@@ -231,23 +239,46 @@ def siblings(folder, track) -> list[str]:
     return list(found.values())
 
 
+def identities(runs) -> set:
+    """What tells runs apart: their ids; their losses and times."""
+    measured = {(run.val_loss, run.val[-1][2]) for run in runs if run.val}
+    return measured | {run.header.get("run_id") for run in runs} - {None}
+
+
+@functools.cache
+def identities_in(path, modified, size) -> set:
+    """Those of the runs in a log; read again where the file has changed."""
+    return identities(logs.read_log(path))
+
+
 def check_copy(folder, track, sha, runs) -> list[str]:
     """That no other record of the track has this source, or one of these runs. Nothing tells which
     of two is the copy, so neither passes."""
-    reasons, ids = [], {run.header.get("run_id") for run in runs}
+    reasons, mine = [], identities(runs)
     for other in siblings(folder, track):
         name, code = os.path.basename(other), os.path.join(other, "train_gpt.py")
-        if is_file(code) and logs.sha256_file(code) == sha:
+        if sha and source_sha256(code) == sha:
             reasons.append(
                 f"train_gpt.py is that of {name}: a copy under another name is no record"
             )
-        result = os.path.join(other, "result.json")
-        stored = (read_json(result, []) if is_file(result) else None) or {}
-        rows = stored.get("runs") if isinstance(stored.get("runs"), list) else []
-        shared = ids & {row.get("run_id") for row in rows if isinstance(row, dict)} - {None}
+        shared = mine & set().union(*map(identities_of, logs_of(other)))
         if shared:
-            reasons.append(f"run {printable(min(shared), 40)} is one of {name}, too")
+            run = printable(min(map(str, shared)), 40)
+            reasons.append(f"run {run} is one of {name}, too")
     return reasons
+
+
+def logs_of(folder) -> list[str]:
+    """A record folder's run_*.txt that are files, and no larger than a folder may be."""
+    names = sorted(n for n in os.listdir(folder) if n.startswith("run_") and n.endswith(".txt"))
+    paths = [os.path.join(folder, name) for name in names]
+    return [path for path in paths if is_file(path) and os.path.getsize(path) <= MAX_FOLDER]
+
+
+def identities_of(path) -> set:
+    """Of the runs in a log."""
+    found = os.stat(path)
+    return identities_in(path, found.st_mtime_ns, found.st_size)
 
 
 # ---------------------------------------------------------------------------------------- the race
@@ -262,10 +293,9 @@ def rank(group: Group, folder, track: Track, sha):
             group.reasons.append("race.json: this track is not ranked by race; leave it out")
         return
     if not os.path.lexists(path):
-        earlier = [
-            other for other in siblings(folder, group.track) if os.path.basename(other) < name
-        ]
-        if earlier:
+        earlier = [path for path in siblings(folder, group.track) if os.path.basename(path) < name]
+        first = sha == track.first if track.first else not earlier
+        if not first:
             group.reasons.append("race.json is missing: all but the track's first record are raced")
         return
     for run in group.runs:
@@ -300,7 +330,20 @@ def check_race(race, group: Group, folder, sha, early: bool) -> list[str]:
         reasons.append(f"alpha is {printable(race.get('alpha'), 20)}; records need {stats.ALPHA:g}")
     if margin is None:
         return reasons
-    return reasons + check_times(race, track, margin)
+    reasons += check_times(race, track, margin)
+    return reasons if early else reasons + check_same_runs(race, group)
+
+
+def check_same_runs(race, group: Group) -> list[str]:
+    """That the folder holds the candidate's runs, all of them: the same losses, seed by seed."""
+    logged = [run.val_loss for run in sorted(group.runs, key=lambda run: number(run.seed) or 0)]
+    raced = columns(race, "losses")["candidate"]
+    reasons = []
+    if differences(logged, raced):
+        reasons.append("its candidate's losses are not those of the runs here, seed by seed")
+    if race.get("failures") != []:
+        reasons.append("runs failed in it: race again")
+    return reasons
 
 
 def check_entries(race, folder, track: str, sha) -> list[str]:
@@ -311,8 +354,7 @@ def check_entries(race, folder, track: str, sha) -> list[str]:
         reasons.append(
             "the candidate was another source than train_gpt.py, or is not named by hash"
         )
-    words = printable(race.get("reference"), 1000).split() or [""]
-    name = os.path.basename(words[0].removesuffix("/train_gpt.py").rstrip("/"))
+    name = reference_of(race)
     shown, mine = printable(name, 60), os.path.basename(folder)
     known = {os.path.basename(other): other for other in siblings(folder, track)}
     if name == mine or sources.get("reference") == sha:
@@ -320,11 +362,17 @@ def check_entries(race, folder, track: str, sha) -> list[str]:
     if name not in known:
         return [*reasons, f"the reference {shown!r} is no other record of this track"]
     code = os.path.join(known[name], "train_gpt.py")
-    if not is_file(code) or logs.sha256_file(code) != sources.get("reference"):
+    if source_sha256(code) is None or source_sha256(code) != sources.get("reference"):
         reasons.append(f"the reference was another source than record {name}, or has no hash")
     if name > mine:
         reasons.append(f"the reference {shown} is a later record")
     return reasons
+
+
+def reference_of(race) -> str:
+    """Name of the record that was raced against."""
+    path = printable(race.get("reference"), 1000)
+    return os.path.basename(path.removesuffix("/train_gpt.py").rstrip("/"))
 
 
 def check_flags(race, track: Track) -> list[str]:
@@ -336,17 +384,20 @@ def check_flags(race, track: Track) -> list[str]:
             words = shlex.split(given) if isinstance(given, str) else ["--"]
         except ValueError:
             words = ["--"]
-        for name in foreign_flags(words if who == "flags" else words[1:], track):
+        own = foreign_flags(words, track, local=()) if who == "flags" else parse_flags(words)
+        for name in own:
             reasons.append(f"{who} had --{printable(name, 40)}, which is no flag of the track")
+        if who != "flags" and len(words) != 1:
+            reasons.append(f"{who} is not one path: {printable(given, 60)}")
     return reasons
 
 
-def foreign_flags(words, track: Track) -> list[str]:
+def foreign_flags(words, track: Track, local=LOCAL_FLAGS) -> list[str]:
     """Flags that say what is computed, beside the track's preset and when to validate."""
     flags = parse_flags(words)
     if track.preset is None or flags.get("preset") == [track.preset]:
         flags.pop("preset", None)
-    return [name for name in flags if name != "val_every" and name not in LOCAL_FLAGS]
+    return [name for name in flags if name != "val_every" and name not in local]
 
 
 def check_times(race, track: Track, margin: float) -> list[str]:
@@ -361,15 +412,9 @@ def check_times(race, track: Track, margin: float) -> list[str]:
         if key not in race or differences(found[key], race[key]):
             given = printable(race.get(key), 60)
             reasons.append(f"{key} {given} does not follow from its times and losses")
-    planned = number(race.get("runs_planned"))
-    looks = race.get("looks")
-    if planned is None or n > planned or n < stats.MIN_PAIRS:
-        given = printable(race.get("runs_planned"), 20)
-        reasons.append(f"{n} pairs of {given} planned; at least {stats.MIN_PAIRS} are needed")
-    elif looks != stats.planned_looks(int(planned), len(looks) if isinstance(looks, list) else 1):
-        reasons.append(f"looks {printable(looks, 40)} are not those of {planned:g} rounds")
-    elif differences(race.get("level_per_look"), stats.ALPHA / len(looks)):
-        reasons.append("level_per_look is not alpha over the number of looks")
+    reasons += check_looks(race, n)
+    if len({b / a for a, b in zip(times["reference"], times["candidate"], strict=True)}) == 1:
+        reasons.append("all pairs have the same ratio of times, which no machine measures")
     for who, column in losses.items():
         p, why = p_value(column, track.target)
         if p is None or not p < stats.ALPHA:
@@ -383,14 +428,31 @@ def check_times(race, track: Track, margin: float) -> list[str]:
     return reasons
 
 
+def check_looks(race, n: int) -> list[str]:
+    """That the race ended after one of the looks that its plan has, and decided at their level."""
+    planned, looks = number(race.get("runs_planned")), race.get("looks")
+    if planned is None or n > planned or n < stats.MIN_PAIRS:
+        given = printable(race.get("runs_planned"), 20)
+        return [f"{n} pairs of {given} planned; at least {stats.MIN_PAIRS} are needed"]
+    count = len(looks) if isinstance(looks, list) else 0
+    if not count or looks != stats.planned_looks(int(planned), count):
+        return [f"looks {printable(looks, 40)} are not those of {planned:g} rounds"]
+    if n not in looks:
+        return [f"it has {n} pairs, but would end after {printable(looks, 40)}"]
+    if differences(race.get("level_per_look"), stats.ALPHA / count):
+        return ["level_per_look is not alpha over the number of looks"]
+    return []
+
+
 def columns(race, key) -> dict[str, list[float]]:
-    """The numbers above 0 under `key`, of reference and candidate; empty where there are others."""
+    """The numbers under `key`, of reference and candidate; empty where one cannot be a time in ms
+    or a loss."""
     found = race.get(key) if isinstance(race.get(key), dict) else {}
     both = {}
     for who in ("reference", "candidate"):
         column = found.get(who) if isinstance(found.get(who), list) else []
         values = [number(value) for value in column]
-        both[who] = values if all(value is not None and value > 0 for value in values) else []
+        both[who] = values if all(value and 1e-3 < value < 1e12 for value in values) else []
     return both
 
 

@@ -31,6 +31,7 @@ MAX_LINE = 4 << 20  # bytes; no honest line is longer
 MAX_VAL = 100_000  # validation lines kept per run
 MAX_TRAIN = 500  # training lines kept per run, about
 MAX_LOSS = 1e6  # anything above has diverged, and nan is not below it
+MAX_NUMBER = 1e18  # in JSON: no honest number is larger
 MAX_DEPTH = 20  # of nested JSON
 
 NUMBER = rb"[-+\d.einaf]{1,30}"  # cheap for the regex engine; float() decides
@@ -144,8 +145,20 @@ def parse_json(text: bytes):
     def refuse(constant):
         raise ValueError(constant)
 
+    def small(kind):
+        def parse(text):
+            value = kind(text)
+            return value if abs(value) < MAX_NUMBER else refuse(text)
+
+        return parse
+
+    def once(pairs):
+        found = dict(pairs)
+        return found if len(found) == len(pairs) else refuse("a key twice")
+
+    hooks = dict(parse_constant=refuse, parse_int=small(int), parse_float=small(float))
     try:
-        value = json.loads(text, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=once, **hooks)
     except (ValueError, RecursionError):
         return None
     level = [value]

@@ -49,8 +49,10 @@ class Track:
     resumed: bool = False  # whether a run may have been
     raced: bool = False  # ranked by paired race, not by what a log says
     preset: str | None = None
-    # Folders older than the rule that all races use the default margin, by their source. What they
-    # prove is worked out anew from their times and losses; those that do not win are not ranked.
+    first: str | None = None  # source of its first record, once it has one: the only one unraced
+    # Folders older than the rules that all races use the default margin and that a folder holds the
+    # runs of its race, by their source. What they prove is worked out anew from their times and
+    # losses; those that do not win are not ranked.
     early: dict = field(default_factory=dict)
 
 
@@ -59,6 +61,7 @@ def fineweb(about: str, **rules) -> Track:
     return Track(about, 3.28, 10_485_760, 50257, "fineweb", FINEWEB_VAL, True, **rules)
 
 
+FIRST_LAPTOP = "56449a46baeeabd65993152c63a5cf8c3cbbce0eb5fcdcfcf206cb61b8a3dfe8"
 EARLY_LAPTOP = {
     "2026-11-21_02_muon": "4549e634971192f2c62671dbd1d512fd33e1e4c89d34e593691d2e3d1650aeb3",
     "2026-11-21_03_relu2_qknorm_zeroinit": (
@@ -69,6 +72,7 @@ EARLY_LAPTOP = {
     "2026-11-21_06_ngrams": "ce046e8ec0183cc5ff7c2f1942876a914277e5226d8b41a522e8919e57199e57",
     "2026-11-21_07_short_rows": "ebecc0ebdf5090901a2c5285dd39588097fd2a53d43871b9cff832cfd4acb873",
     "2026-11-21_08_two_layers": "7fef417ec4b6f83feb824977e210ba294d004a8634fea59ef456bb1008afe1f7",
+    "2026-11-21_09_lr_floor": "6f9417782b3263ff63d6770df9c764ab367fc895671aa2f5c8a04977210ec284",
 }
 
 TRACKS = {
@@ -93,6 +97,7 @@ TRACKS = {
         device="CPU",
         raced=True,
         preset="laptop",
+        first=FIRST_LAPTOP,
         early=EARLY_LAPTOP,
     ),
     "memory": fineweb("FineWeb, val loss ≤ 3.28: least peak memory", resumed=True),

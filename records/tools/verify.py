@@ -378,6 +378,7 @@ def compare_runs(group: Group, ours: list[Run]):
                 where.append(f"{key} differs between the runs: {shown}")
     if any(None in r.data.values() for r in ours if r.data):
         group.notes.append("some data was not checked: no manifest.json stood beside it")
+    repeated(group, "run_id {}", [(printable(r.header.get("run_id"), 40), r) for r in ours])
     repeated(group, "seed {}", [(printable(r.seed, 30), r) for r in ours])
     # Two runs that agree in every validation loss and time are one run.
     repeated(
