@@ -147,7 +147,7 @@ class Config:
     momentum_ema: bool = False  # (1 - momentum) of each gradient goes in, not all of it
     normuon: float = 0.0  # decay of NorMuon's mean square of each neuron's update; 0: plain Muon
     polar_express: bool = False  # Newton-Schulz with the coefficients of arXiv 2505.16932 (9/2025)
-    lr_down: float = 1.0  # factor on the rate of the MLP's down (12/2025)
+    lr_down: float = 1.0  # factor on the rate of the MLP's down (12/2025), not of its adapters
     lr_table: float = 0.6  # Adam's rate for value embeddings and bigrams
     lr_gate: float = 0.008  # Adam's rate for gates
     beta1: float = 0.9  # Adam's
@@ -155,8 +155,8 @@ class Config:
     adam_eps: float = 1e-8  # Adam's
     adam_every: int = 1  # updates whose gradients Adam sums for one of its own (9/2025)
     adam_table: bool = False  # betas and decay by kind of parameter (12/2025, 1/2026)
-    decay_muon: float = 0.0  # cautious weight decay, times rate squared (11/2025)
-    decay_adam: float = 0.0  # ... with adam_table's factors (12/2025)
+    decay_muon: float = 0.0  # cautious decay of matrices and adapters, times rate squared (11/2025)
+    decay_adam: float = 0.0  # ... of the rest, with adam_table's factors (12/2025)
     sum_loss: bool = False  # gradients of the sum over tokens / 8: they grow with the batch
     lr_factor: tuple = (1.0,)  # on all rates
     warmup: int = 0  # updates of linear learning-rate warm-up
@@ -202,6 +202,10 @@ class Config:
         return self.val_seq_len or self.seq_len
 
     @property
+    def dtype(self):
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
     def padded_vocab(self):
         return -(-self.vocab_size // 64) * 64  # matmuls like multiples of 64
 
@@ -213,7 +217,7 @@ def check_config(c):
         least = int(type(default) is int and default > 0 and name != "val_every")
         for number in value if isinstance(value, tuple) else [value]:
             wrong = isinstance(number, int | float) and not least <= number < 2**63
-            refuse(wrong, f"--{name} {number}: must be a number from {least} up")
+            refuse(wrong, f"--{name} {number}: must be a number from {least} to 2^63")
     shares = max(c.momentum, c.beta1, c.beta2, c.normuon, c.sparsity)
     refuse(shares >= 1, f"{shares}: momentum, betas, --normuon and --sparsity must be below 1")
     for tokens in c.batch_tokens:
@@ -226,6 +230,9 @@ def check_config(c):
     refuse(longest > c.steps, line)
     refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
     refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
+    refuse(c.yarn and 0 in c.window, "--yarn needs a --window above 0 in every stage")
+    few = c.n_layer < 4 and (c.middle_skip or c.backout)
+    refuse(few, "--middle_skip and --backout need an --n_layer of 4 or more")
     refuse(c.paired_heads and c.n_head % 2, "--paired_heads needs an even --n_head")
     odd = c.checkpoint_every % c.adam_every  # then gradients would be on their way
     refuse(odd, f"--checkpoint_every must be a multiple of --adam_every {c.adam_every}")
@@ -326,7 +333,7 @@ PRESETS = {
 }
 
 
-def parse_config(argv: list[str], default_preset: str) -> Config:
+def parse_config(argv, default_preset):
     """Flags to Config. Errors: UserError for a flag that is wrong, or that nothing would read."""
     parser = argparse.ArgumentParser(
         usage="train_gpt.py [--flag value ...]",
@@ -364,7 +371,7 @@ def parse_config(argv: list[str], default_preset: str) -> Config:
 def idle_flags(c):
     """{flag that nothing would read, given the others: why}."""
     idle = {}
-    for owner in ("relora", "galore", "lawa", "ngram", "generate"):
+    for owner in ("relora", "galore", "lawa", "ngram", "resume", "generate"):
         if not getattr(c, owner):
             names = [name for name in vars(c) if name.startswith(f"{owner}_")]
             idle |= dict.fromkeys(names, f"without --{owner}")
@@ -451,7 +458,7 @@ class Shards:
     max_document, starts at a document; mark: the token that stands before each, the vocabulary's
     last."""
 
-    def __init__(self, pattern: str, flag: str, seq_len: int, max_document: int = 0, mark: int = 0):
+    def __init__(self, pattern, flag, seq_len, max_document=0, mark=0):
         self.pattern, self.seq_len, self.paths = pattern, seq_len, sorted(glob.glob(pattern))
         self.mark = mark
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
@@ -466,7 +473,7 @@ class Shards:
     def __len__(self):
         return int(self.first[-1])
 
-    def read(self, numbers) -> Tensor:
+    def read(self, numbers):
         """These rows, [rows, seq_len + 1] int64. Errors: UserError if a shard has been cut short,
         or is of another vocabulary."""
         rows = []
@@ -476,11 +483,11 @@ class Shards:
             parts = [(row * self.seq_len, self.seq_len + 1)]
             if self.packed:
                 parts = self.packed[shard][row]
-            tokens = [read_shard(path, start, count) for start, count in parts]
-            rows.append(np.concatenate(tokens))
-            refuse(len(rows[-1]) <= self.seq_len, f"{path}: cut short during the run")
-            foreign = self.mark and rows[-1].max() > self.mark
+            tokens = np.concatenate([read_shard(path, *part) for part in parts])
+            refuse(len(tokens) <= self.seq_len, f"{path}: cut short during the run")
+            foreign = self.mark and tokens.max() > self.mark
             refuse(foreign, f"{path}: holds tokens beyond --vocab_size {self.mark + 1}")
+            rows.append(tokens)
         return torch.from_numpy(np.stack(rows).astype(np.int64))
 
     def hashes(self):
@@ -516,32 +523,30 @@ def pack(path, mark, room, max_document):
 def shard_tokens(path):
     """Tokens in a shard. Errors: UserError if it is no file, or not as long as its header says."""
     regular = os.path.isfile(path)  # a pipe would block
-    header = np.fromfile(path, "<i4", 3).tolist() if regular else None
-    size = os.path.getsize(path) if regular else 0
-    whole = header == [20240520, 1, size // 2 - HEADER_BYTES // 2]
-    refuse(
-        not whole or header[2] == 0, f"{path}: not a whole token shard; fetch or prepare it again"
-    )
-    return header[2]
+    header = np.fromfile(path, "<i4", 3).tolist() if regular else []
+    tokens = os.path.getsize(path) // 2 - HEADER_BYTES // 2 if regular else 0
+    whole = tokens > 0 and header == [20240520, 1, tokens]
+    refuse(not whole, f"{path}: not a whole token shard; fetch or prepare it again")
+    return tokens
 
 
 class Batches:
     """batch_at(step) depends on shards, step and schedule, on nothing else: no state to save."""
 
-    def __init__(self, shards: Shards, c: Config):
+    def __init__(self, shards, c):
         self.shards, self.stride = shards, 1
         rows = [at_step(c.batch_tokens, step, c) // c.seq_len for step in range(c.steps)]
         self.first = np.cumsum([0, *rows])  # row of each step; the next step's is where it ends
         self.count = len(shards) // max(rows) * max(rows)  # rows in an epoch
         short = sum(rows) > self.count * c.epochs_allowed
         have = f"{shards.pattern} holds {len(shards):,} rows, the run reads {sum(rows):,}"
-        refuse(short, f"{have}: get more (python data/fineweb.py N), or raise --epochs_allowed")
+        refuse(short, f"{have}: get more tokens, or raise --epochs_allowed")
         if c.spread_rows:  # near the golden ratio: all rows once, neighbours far apart
             self.stride = int(0.618 * self.count) or 1
             while math.gcd(self.stride, self.count) > 1:
                 self.stride += 1
 
-    def batch_at(self, step: int, rank: int = 0, world_size: int = 1) -> Tensor:
+    def batch_at(self, step, rank=0, world_size=1):
         """A rank's rows of the global batch of `step`, 0-based: [rows, seq_len + 1]."""
         rows = np.arange(self.first[step], self.first[step + 1])
         return self.shards.read(np.split(rows, world_size)[rank] * self.stride % self.count)
@@ -574,14 +579,15 @@ class Layer:
     long: bool  # looks back by window, not by short_window
     paired: bool
     offset: bool  # its keys
-    table: int | None  # of value_embeds
+    table: int | None  # of value_embeds, from the last
     skip: int | None  # the layer whose output is added before this one
 
 
-def layer_plan(c: Config) -> list[Layer]:
-    """What each layer does, by rules that give the record's numbers at 11 layers; 4 at least."""
+def layer_plan(c):
+    """What each layer does, by rules that give the record's numbers at 11 layers."""
     n, middle = c.n_layer, (c.n_layer + 1) // 2
-    tables = {0: 1, 1: 2, n - 3: 0, n - 2: 1, n - 1: 2}
+    tables = {0: -2, 1: -1}
+    tables |= {n - k: -k for k in (1, 2, 3)}
     plan = []
     for i in range(n):
         skips = c.middle_skip and i == middle
@@ -633,7 +639,7 @@ def attend(q, k, v, mask):
     return y.transpose(1, 2)
 
 
-def scalar(value, on=True):
+def scalar(value, on):
     """A learned factor, or several, if on."""
     return nn.Parameter(torch.tensor(value)) if on else None
 
@@ -737,7 +743,7 @@ def rotary_at(step, c):
 
 def rotary_tables(frequencies, places):
     """cos and sin at places [T, H or 1]: [2, T, H or 1, frequencies]."""
-    angles = places.unsqueeze(-1) * frequencies
+    angles = places.unsqueeze(-1) * frequencies.to(places.device)
     return torch.stack((angles.cos(), angles.sin()))
 
 
@@ -783,7 +789,7 @@ class CausalSelfAttention(nn.Module):
         tables = shared["rotary"][layer.paired]
         q = rotate(norm(q), tables) * shared["scale"].to(q.dtype)  # norm: arXiv 2302.05442
         k = rotate(norm(k), tables)
-        if layer.offset:  # the dims that do not rotate; the first token keeps its own
+        if layer.offset:  # with half_rotary what does not rotate; the first token keeps its own
             turning, still = k.chunk(2, dim=-1)
             before = torch.cat((still[:, :1], still[:, :-1]), dim=1)
             k = torch.cat((turning, before), dim=-1)
@@ -833,19 +839,19 @@ class GPT(nn.Module):
     cross-entropy in nats, in training plus what multi_token asks for. A module's init() is given a
     generator that its name seeds."""
 
-    def __init__(self, c: Config):
+    def __init__(self, c):
         super().__init__()
         self.config, self.plan, self.stage = c, layer_plan(c), None
-        self.dtype = torch.bfloat16 if c.bf16 else torch.float32
         tied = tied_at(0, c)  # then wte makes the logits, too: small and exact
-        exact = torch.float32 if tied else self.dtype
+        exact = torch.float32 if tied else c.dtype
         self.wte = Embedding(c.padded_vocab, c.n_embd, 0.005 if tied else 1.0, exact)
-        self.ngrams = NGrams(c, self.dtype) if c.ngram else None
+        self.ngrams = NGrams(c, c.dtype) if c.ngram else None
         if c.bigram_rows:
-            self.bigrams = Embedding(c.bigram_rows, c.n_embd, 0.0, self.dtype)
+            self.bigrams = Embedding(c.bigram_rows, c.n_embd, 0.0, c.dtype)
         if c.value_embeds:
-            tables = (Embedding(c.padded_vocab, c.n_embd, 0.0, self.dtype) for _ in range(3))
-            self.value_embeds = nn.ModuleList(tables)
+            self.value_embeds = nn.ModuleList(
+                Embedding(c.padded_vocab, c.n_embd, 0.0, c.dtype) for _ in range(min(3, c.n_layer))
+            )
         self.smear_gate = Gate(1) if c.smear else None
         self.smear_lambda = scalar(0.0, c.smear)
         self.skip_gate = Gate(1) if c.middle_skip else None
@@ -877,15 +883,15 @@ class GPT(nn.Module):
         frequencies, scale = rotary_at(step, c)
         self.scale = torch.tensor(scale, device=device)
         places = torch.arange(max(c.seq_len, c.val_len), device=device).unsqueeze(1)
-        self.rotary = {False: rotary_tables(frequencies.to(device), places)}  # by Layer.paired
+        self.rotary = {False: rotary_tables(frequencies, places)}  # by Layer.paired
         if c.paired_heads:
             taking_turns = 2 * places + torch.arange(c.n_head, device=device) % 2
-            self.rotary[True] = rotary_tables(frequencies.to(device), taking_turns)
+            self.rotary[True] = rotary_tables(frequencies, taking_turns)
 
     def forward(self, tokens, targets=None):
         c = self.config
         docs = (tokens == c.vocab_size - 1).cumsum(1)
-        x = self.wte(tokens).to(self.dtype)  # [B, T, D]
+        x = self.wte(tokens).to(c.dtype)  # [B, T, D]
         if self.ngrams is not None:
             x = x + self.ngrams(tokens)
         if c.smear:
@@ -990,10 +996,11 @@ class Optimizer:
     sharded = True  # else every rank updates all rows
     every, decay = 1, 0.0  # updates of the run per update of these; cautious weight decay
 
-    def __init__(self, named: dict[str, nn.Parameter], lr: float, row_shape: tuple, run: "Run"):
+    def __init__(self, named, lr, row_shape, run):
         self.named, self.lr, self.config, self.runtime = named, lr, run.config, run.runtime
         self.name = f"{type(self).__name__} {next(iter(named))}"
         self.method, self.row_scale, self.scale = Method(run.config), 1.0, 1.0
+        self.momentum = run.config.momentum
         self.betas = run.config.beta1, run.config.beta2
         self.state: dict[str, Tensor] = {}  # {name: [own rows, ...]}
         self.steps, self.work = 0, None
@@ -1129,16 +1136,14 @@ class Muon(Optimizer):
     kellerjordan.github.io/posts/muon)."""
 
     def update(self, g):
-        c, momentum = self.config, momentum_at(self.steps - 1, self.config)
-        m = self.moment("momentum", g)
+        c, m, momentum = self.config, self.moment("momentum", g), self.momentum
         if c.momentum_ema:
             m.lerp_(g, 1 - momentum)
             g = torch.lerp(g, m, momentum)
         else:
             m.mul_(momentum).add_(g)
             g = g + momentum * m
-        dtype = torch.bfloat16 if c.bf16 else torch.float32
-        u = compiled(newton_schulz, c.compile)(g, dtype, c.polar_express)
+        u = compiled(newton_schulz, c.compile)(g, c.dtype, c.polar_express)
         return self.even(u) if c.normuon else u
 
     def even(self, u):
@@ -1229,7 +1234,7 @@ def stack_matrices(matrices, rule, run):
 
 
 # ------------------------------------------------------------------------------------- Schedules
-def at_step(values: tuple, step: int, c: Config):
+def at_step(values, step, c):
     """The value of a schedule for update `step`, 0-based: one for each equal share of the run; with
     an extension, the last of several is for that."""
     steps = c.steps - c.extension
@@ -1248,7 +1253,7 @@ def windows_at(step, c):
     return {True: long, False: at_step(c.short_window, step, c) or long}
 
 
-def lr_at(step: int, c: Config):
+def lr_at(step, c):
     """Factor on all rates for update `step`, 0-based: linear warm-up, stages (which a rate joins
     one update late, as in the record of 29 November 2025), linear cool-down; jagged with ReLoRA."""
     steps = c.steps - c.extension
@@ -1263,7 +1268,7 @@ def lr_at(step: int, c: Config):
     return factor
 
 
-def momentum_at(step: int, c: Config):
+def momentum_at(step, c):
     """Muon's momentum for update `step`: from 0.85 up (record of 6 November 2024), and down
     again."""
     risen = step / max(1, c.momentum_warmup)
@@ -1272,7 +1277,7 @@ def momentum_at(step: int, c: Config):
     return (1 - share) * min(0.85, c.momentum) + share * c.momentum
 
 
-def tied_at(step: int, c: Config):
+def tied_at(step, c):
     """Are wte and lm_head one at update `step`? They part where Adam first steps in the new
     share."""
     return not c.untie_head or step - c.adam_every + 1 <= c.tied_share * (c.steps - c.extension) > 0
@@ -1283,9 +1288,9 @@ def forms(c):
     validation."""
     first = {}
     for step in range(c.steps):
-        form = at_step(c.batch_tokens, step, c), len(prediction_weights(step, c))
         wrapped = c.relora and step >= c.relora_warm_start
-        first.setdefault((*form, wrapped), step)
+        form = at_step(c.batch_tokens, step, c), len(prediction_weights(step, c)), wrapped
+        first.setdefault(form, step)
     return [*first.values(), c.steps]
 
 
@@ -1328,7 +1333,7 @@ class Log:
             python=platform.python_version(),
             torch=torch.__version__,
             cuda=torch.version.cuda if runtime.cuda else "none",
-            device=device_name(runtime.device),
+            device=torch.cuda.get_device_name(runtime.device) if runtime.cuda else "cpu",
             cpu=f"{platform.machine()}, {torch.get_num_threads()} threads",
             world_size=runtime.world_size,
             argv=" ".join(argv),
@@ -1363,7 +1368,8 @@ class Log:
 
     def show(self, text, end="\n"):
         if self.main:
-            print("\r\033[K" * self.live + text, end=end, flush=True)
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                print("\r\033[K" * self.live + text, end=end, flush=True)
 
     def loss(self, step, steps, kind, loss, ms):
         """The public speedrun's line; kind: val or train. Errors: UserError when it is not
@@ -1378,10 +1384,6 @@ class Log:
         if time.monotonic() - self.shown > (0.2 if self.live else 10):
             self.shown = time.monotonic()
             self.show(text, end="" if self.live else "\n")
-
-
-def device_name(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 # ------------------------------------------------------------------------------------ Checkpoint
@@ -1455,7 +1457,9 @@ def save_checkpoint(run):
                 old.unlink()
             log.line(f"checkpoint: {path}")
         except OSError as error:
-            log.line(f"checkpoint: {path} not written ({error}); training goes on", echo=True)
+            with contextlib.suppress(OSError):
+                aside.unlink()  # it may fill the disk
+            log.line(f"checkpoint: {path} not written ({error})", echo=True)
     run.runtime.exchange(None)  # the others wait here
 
 
@@ -1509,7 +1513,7 @@ def resume(run, path, state):
 
 # -------------------------------------------------------------------------------------- Evaluate
 def largest_divisor(n, at_most):
-    return max(d for d in range(1, min(n, at_most) + 1) if n % d == 0)
+    return max((d for d in range(1, at_most + 1) if n % d == 0), default=1)
 
 
 @torch.no_grad()
@@ -1531,7 +1535,7 @@ def val_rows(run):
     """Rows per forward pass of a validation: one shape, known from the first stage on."""
     c, first = run.config, next(iter(run.micro.values()))
     share = c.val_tokens // c.val_len // run.runtime.world_size
-    return largest_divisor(share, max(1, first * c.seq_len // c.val_len))
+    return largest_divisor(share, first * c.seq_len // c.val_len)
 
 
 @torch.no_grad()
@@ -1550,7 +1554,7 @@ def evaluate(run, val):
     return runtime.sum(total).item() / (share * runtime.world_size)
 
 
-def load_model(path, device="cpu") -> GPT:
+def load_model(path, device="cpu"):
     """A checkpoint's model as validation saw it: tokens [B, T] to logits [B, T, padded_vocab]."""
     state = read_checkpoint(path)
     with blame(f"{path} does not fit this train_gpt.py"):
@@ -1638,6 +1642,7 @@ def set_stage(run):
     run.model.set_stage(run.step)
     for optimizer in run.optimizers:
         optimizer.scale = lr_at(run.step, run.config)
+        optimizer.momentum = momentum_at(run.step, run.config)
 
 
 def build(c, runtime):
@@ -1685,22 +1690,21 @@ def fit_micro_batch(run, rows):
     """Set run.micro[rows]: --micro_batch, or all rows, halved while they do not fit into the
     memory."""
     c, runtime = run.config, run.runtime
-    micro = c.micro_batch or largest_divisor(rows, max(1, 65536 // c.seq_len))
+    micro = c.micro_batch or largest_divisor(rows, 65536 // c.seq_len)
     refuse(rows % micro, f"--micro_batch {micro} does not divide the {rows} rows of a rank")
     fits = False
     while not fits:
         parted = c.galore_per_layer and micro < rows
         refuse(parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower the batch")
-        try:
+        with contextlib.suppress(torch.OutOfMemoryError):
             two = min(rows, 2 * micro)  # the second one meets memory in pieces
             forward_backward(run, *random_batch(run, two, c.seq_len), micro)
             fits = True
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # only here has the error let go of its tensors
         fits = all(runtime.exchange(fits))
         refuse(not fits and micro == 1, "not even one row fits into the GPU's memory")
         run.micro[rows] = micro
-        micro = largest_divisor(rows, max(1, micro // 2))
+        micro = largest_divisor(rows, micro // 2)
 
 
 def send_loss(run, loss, stopping):
@@ -1790,18 +1794,22 @@ def open_data(c):
     or trained on."""
     shards = Shards(c.train_files, "train_files", c.seq_len, c.max_document, c.vocab_size - 1)
     val = Shards(c.val_files, "val_files", c.val_len, mark=c.vocab_size - 1)
-    batches, data = Batches(shards, c), shards.hashes() | val.hashes()
-    refuse(len(val) * c.val_len < c.val_tokens, f"{c.val_files} holds less than --val_tokens")
+    batches, hashes = Batches(shards, c), (shards.hashes(), val.hashes())
+    refuse(
+        len(val) * c.val_len < c.val_tokens,
+        f"{c.val_files} holds {len(val) * c.val_len:,} tokens in whole rows, --val_tokens are more",
+    )
     trained, validated = (set(map(os.path.realpath, s.paths)) for s in (shards, val))
     shared = trained & validated
     refuse(shared, f"--val_files and --train_files share {shared}: validate on other tokens")
-    return batches, val, data
+    same_name = hashes[0].keys() & hashes[1].keys()  # by which the log tells them apart
+    refuse(same_name, f"{same_name}: --val_files need other names than --train_files; rename them")
+    return batches, val, hashes[0] | hashes[1]
 
 
 def agree(runtime, facts):
     """Errors: UserError with the names of facts that are not the same on all ranks."""
-    everyone = runtime.exchange(facts)
-    odd = {name for theirs in everyone for name in facts if theirs[name] != everyone[0][name]}
+    odd = {k for theirs in runtime.exchange(facts) for k in facts if theirs[k] != facts[k]}
     refuse(odd, f"ranks differ in {odd}: give all of them the same files and flags")
 
 
@@ -1809,7 +1817,11 @@ def train(c, runtime, argv):
     """A whole run, from the shards to the result line."""
     batches, val, data = open_data(c)
     path, state = find_resumption(c, data) if c.resume else ("", {})
-    agree(runtime, identity(c, data) | {"the step of --resume": state.get("step")})
+    saving = {"checkpoint_every": c.checkpoint_every, "the step of --resume": state.get("step")}
+    agree(runtime, identity(c, data) | saving)
+    if c.checkpoint_every:
+        with blame(f"--checkpoint_dir {c.checkpoint_dir}: no folder can be made there"):
+            Path(c.checkpoint_dir).mkdir(parents=True, exist_ok=True)
     log, begun = Log(c, runtime, argv, data), time.perf_counter()
     if runtime.cuda:  # what fits now must still fit later
         limit = torch.cuda.get_per_process_memory_fraction()
@@ -1829,6 +1841,7 @@ def train(c, runtime, argv):
     log.line(f"warm-up: {warmup_ms:.0f} ms, not in train_time; micro-batches {micro}", echo=True)
     if state:
         resume(run, path, state)
+        state = None  # its memory is free
     stop = []  # numbers of the signals that asked this process to end
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
@@ -1836,7 +1849,7 @@ def train(c, runtime, argv):
     try:
         val_loss = training_loop(run, batches, val, stop)
     except Stopped:
-        if c.checkpoint_every:
+        if c.checkpoint_every or c.resume:
             save_checkpoint(run)
         log.line(f"stopped by a signal after step {run.step}", echo=True)
         raise Stopped(*stop) from None
@@ -1858,7 +1871,7 @@ def start(argv):
         dist.destroy_process_group()
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None):
     """Exit code: 0 done, 2 a user's mistake in one line, 1 a bug with its traceback, 128 + n
     stopped by signal n. Under torchrun `record` takes notes: the first error of all ranks is shown
     there."""
@@ -2000,7 +2013,8 @@ class EightBit:
     def step(self):
         self.opened = {}
         super().step()
-        for name, values in self.opened.items():
+        while self.opened:  # fp32 lives no longer than the step
+            name, values = self.opened.popitem()
             values = values.sqrt() if name == "exp_avg_sq" else values
             scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448  # float8's largest
             self.state[name] = (values / scale).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -2039,9 +2053,9 @@ class GaLore(Method):
     def __init__(self, c):
         super().__init__(c)
         mixins = (PerLayer,) * c.galore_per_layer + (EightBit,) * (c.galore_bits == 8)
-        rules = MATRIX_RULES.items()
         self.optimizers = {
-            rule: type(f"GaLore{base.__name__}", (*mixins, base), {}) for rule, base in rules
+            rule: type(f"GaLore{base.__name__}", (*mixins, base), {})
+            for rule, base in MATRIX_RULES.items()
         }
 
     def project(self, optimizer, g):

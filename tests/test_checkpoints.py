@@ -183,11 +183,10 @@ def test_checkpoints_hold_no_code(copied):
         assert state["step"] == int(path.stem[-6:]) and state["train_seconds"] > 0
 
 
-def test_a_checkpoint_that_cannot_be_written_does_not_stop_the_run(place, tmp_path, plain):
+def test_a_folder_that_no_checkpoint_can_be_in_is_refused_at_once(place, tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
-    outcome = run(place(checkpoint_every=5))
-    assert outcome.code == 0 and outcome.losses() == plain.losses()
-    assert "training goes on" in outcome.out
+    check_refused(run(place(checkpoint_every=5)), "--checkpoint_dir", "no folder can be made")
+    assert not (tmp_path / "logs").exists() and run(place()).code == 0
 
 
 # --------------------------------------------------------------------------------- other than told

@@ -248,12 +248,13 @@ def test_whatever_happens_to_one_rank_all_end(data, tmp_path):
     other = make_data(tmp_path / "other", seed=2)
     manifest = {"files": {"train_000000.bin": {"sha256": "0"}}}
     (other / "manifest.json").write_text(json.dumps(manifest))
-    names = ("stopped", "nan", "data", "flags", "signal")
+    names = ("stopped", "nan", "data", "flags", "saving", "signal")
     lines = {name: [argv(data, tmp_path / name, **ENDLESS)] * 2 for name in names}
     lines["stopped"] = [argv(data, tmp_path / "stopped", **ENDLESS | dict(rank_timeout=4))] * 2
     train_files = f"{other}/train_*.bin"
     lines["data"][1:] = [argv(data, tmp_path / "data", **ENDLESS, train_files=train_files)]
     lines["flags"][1:] = [argv(data, tmp_path / "flags", **ENDLESS, seed=3)]
+    lines["saving"][1:] = [argv(data, tmp_path / "saving", **ENDLESS | dict(checkpoint_every=9))]
     lines["signal"] = [
         argv(data, tmp_path / "signal", **ENDLESS | dict(checkpoint_every=10**5))
     ] * 2
@@ -270,6 +271,7 @@ def test_whatever_happens_to_one_rank_all_end(data, tmp_path):
         ("nan", "loss became nan at step"),
         ("data", "ranks differ in {'the data'}"),
         ("flags", "ranks differ in {'seed'}"),
+        ("saving", "ranks differ in {'checkpoint_every'}"),
     ):
         assert [outcome.code for outcome in outcomes[name]] == [2, 2], (name, outcomes[name])
         errors = [outcome.err for outcome in outcomes[name]]

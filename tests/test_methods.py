@@ -182,6 +182,16 @@ def test_relora_restarts_the_adapters_moments_and_no_others(optimizer):
         assert ours[0].update(torch.randn(ours[0].weights.shape)).abs().max() < 1.1
 
 
+def test_relora_keeps_the_runs_momentum():
+    """A merge restarts the moments; Muon's momentum rises and falls with the run."""
+    fields = dict(low_rank_optimizer="muon", momentum_warmup=4, momentum_cooldown=2)
+    made = advance(relora(6, relora_interval=8, **fields), 3)
+    for step in (7, 11, made.config.steps - 1):
+        made.step = step
+        tg.set_stage(made)
+        assert {o.momentum for o in made.optimizers} == {tg.momentum_at(step, made.config)}
+
+
 def test_relora_draws_A_from_the_seed_alone():
     """Equal on any rank; new at every merge, for every matrix, for every seed."""
     a = relora(7)
@@ -333,10 +343,10 @@ def test_galore_8bit_moments_are_close(kind, names):
     for step in range(8):
         for w, optimizer in ((p, a), (q, b)):
             feed(w, optimizer, step, row_scale=torch.logspace(-6, 3, 64).view(64, 1))
+    assert not b.opened, "fp32 lives no longer than the step"
     for name in names:
         assert b.state[name].dtype == torch.uint8
         assert b.state[f"{name}_scale"].shape == (1, 64, 1)
-        b.opened = {}
         full, read = a.state[name], b.moment(name, None)
         assert ((full - read).norm(dim=-1) / full.norm(dim=-1)).max() < 0.16, name
     assert (p - q).norm() / (p - start).norm() < 0.1

@@ -124,6 +124,7 @@ def test_muon_is_the_published_loop():
             w -= run.config.lr_muon * 0.5 * (u.T if down else u)
         for optimizer in muon:
             optimizer.scale = 0.5
+            optimizer.momentum = train_gpt.momentum_at(step, run.config)
             one_step(optimizer)
     for name, w in expected.items():
         p = run.model.get_parameter(name)

@@ -132,7 +132,20 @@ def test_layer_plan_at_eleven_layers_is_the_record():
     assert [i for i, layer in enumerate(plan) if layer.long and layer.attention] == [3, 10]
     assert [i for i, layer in enumerate(plan) if layer.paired] == [0, 2, 5, 9]
     tables = {i: layer.table for i, layer in enumerate(plan) if layer.table is not None}
-    assert tables == {0: 1, 1: 2, 8: 0, 9: 1, 10: 2} and plan[6].skip == 3
+    assert tables == {0: -2, 1: -1, 8: -3, 9: -2, 10: -1} and plan[6].skip == 3
+
+
+@pytest.mark.parametrize("preset", ["laptop", "nov2024", "gpt2_small"])
+def test_every_parameter_is_read(preset):
+    """A table that no layer looks into would be counted, updated and saved all the same."""
+    whole = train_gpt.PRESETS[preset]
+    small = dict(n_embd=48, n_head=2, vocab_size=257, bf16=False, seq_len=32, val_seq_len=0)
+    small |= dict(batch_tokens=(64,), val_tokens=32, max_document=0, ngram_rows=64)
+    small |= dict(bigram_rows=min(99, whole.bigram_rows), zero_init=False, compile=False)
+    model = train_gpt.GPT(dataclasses.replace(whole, **small))
+    tokens = torch.randint(257, (2, 33))
+    model(tokens[:, :-1], tokens[:, 1:]).backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
 
 
 def test_bigram_rows_by_hand():

@@ -331,9 +331,10 @@ def full_disk(path: Path):
 
 def test_a_full_disk_does_not_end_the_run(place, plain, tmp_path):
     """For a while: what was not logged is on the screen, no half a checkpoint is left."""
-    disk = ExitStack()
+    disk, leftovers = ExitStack(), []
     with (
         at_step(3, lambda run: disk.enter_context(full_disk(run.log.path))),
+        at_step(9, lambda run: leftovers.extend(tmp_path.glob("checkpoints/*/*"))),
         at_step(9, lambda run: disk.close()),
     ):
         outcome = run(place(checkpoint_every=4))
@@ -344,7 +345,7 @@ def test_a_full_disk_does_not_end_the_run(place, plain, tmp_path):
         f"step:{step}" for step in range(3, 9)
     ]
     assert logged < set(plain.losses()) and len(logged) == len(plain.losses()) - 7
-    assert "step_000004.pt not written" in outcome.out and "training goes on" in outcome.out
+    assert "step_000004.pt not written" in outcome.out and not leftovers, "it fills the disk"
     assert outcome.result()["val_loss"] == plain.result()["val_loss"]
     assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step_000012.pt"]
 
@@ -394,6 +395,29 @@ def test_no_checkpoint_unless_asked_for(place, tmp_path):
     with at_step(7, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
         assert run(place()).code == 143
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_resumed_run_saves_when_it_is_stopped(place, plain, tmp_path):
+    """Asked for checkpoints or not, so that a scheduler may always say --resume."""
+    with at_step(5, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
+        run(place(checkpoint_every=100))
+    with at_step(7, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
+        assert run(place(resume="latest")).code == 143
+    names = sorted(path.name for path in tmp_path.glob("checkpoints/*/step_*.pt"))
+    assert names == ["step_000005.pt", "step_000007.pt"]
+    again = run(place(resume="latest"))
+    assert again.losses() == plain.losses() and same(again.weights, plain.weights)
+
+
+def test_a_terminal_that_goes_away_ends_nothing(place, plain, monkeypatch):
+    def gone(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", gone)
+        outcome = run(place())
+    assert outcome.code == 0 and outcome.losses() == plain.losses()
+    assert outcome.result()["val_loss"] == plain.result()["val_loss"]
 
 
 @pytest.mark.parametrize("step", [11, 12])
