@@ -334,7 +334,7 @@ PRESETS = {
 
 
 def parse_config(argv, default_preset):
-    """Flags to Config. Errors: UserError for a flag that is wrong, or that nothing would read."""
+    """Flags to Config. Errors: UserError for a flag that is wrong, or a method's without it."""
     parser = argparse.ArgumentParser(
         usage="train_gpt.py [--flag value ...]",
         description=SOURCE.partition("class Config:\n")[2].partition("\n    def ")[0],
@@ -369,7 +369,7 @@ def parse_config(argv, default_preset):
 
 
 def idle_flags(c):
-    """{flag that nothing would read, given the others: why}."""
+    """{flag of a method or rule that is not in use: why}."""
     idle = {}
     for owner in ("relora", "galore", "lawa", "ngram", "resume", "generate"):
         if not getattr(c, owner):

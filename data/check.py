@@ -142,7 +142,7 @@ def check_run(patterns: list[str], vocab_size: int):
             if largest >= vocab_size:
                 raise BadInput(
                     f"{path}: holds token {largest}, but --vocab_size is {vocab_size}; "
-                    "are these the shards of this preset?"
+                    "name the preset of these shards, or the vocabulary they were made with"
                 )
 
 

@@ -69,7 +69,7 @@ def explain(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in DISK_FULL:
         full = f"{where}the disk is full ({error.strerror})"
-        return f"{full}; free space or choose another folder with --out"
+        return f"{full}; free space or choose another place"
     return f"{where}{error.strerror or error}; check the path and its permissions"
 
 

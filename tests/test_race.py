@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -330,7 +331,7 @@ def test_a_broken_script_leaves_the_race(trainer, exact):
 def test_timeout_and_nan_are_failed_runs(trainer, exact):
     flags = "--runs", 1, "--warmup_runs", 0
     code, found = run(trainer, f"{trainer} --hang 0", *flags, "--timeout", 0.5)
-    assert code == 0 and found["n"] == 0
+    assert code == 1 and found["n"] == 0, "nothing was raced"
     assert {f["why"] for f in found["failures"]} == {"not finished after 0.5 s"}
     code, found = run(trainer, f"{trainer} --nan yes", *flags, out="out2")
     assert found["n"] == 0 and "val loss nan" in found["failures"][0]["why"]
@@ -375,6 +376,29 @@ def test_interrupt_prints_what_there_is(trainer, number, code):
     assert json.loads(Path("out/race.json").read_text())["n"] == 2
     with pytest.raises(ProcessLookupError):  # no trainer is left behind
         os.kill(int(Path("pid").read_text()), 0)
+
+
+def test_a_second_signal_leaves_no_trainer(tmp_path):
+    """One that does not listen is killed, also when the wait for it is interrupted."""
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True)"
+    )
+    process = runs.launch([sys.executable, "-c", f"{deaf}; time.sleep(60)"], subprocess.PIPE)
+    process.stdout.read(2)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP)).start()
+    with pytest.raises(runs.Interrupted) as stopped, runs.interruptible():
+        runs.stop(process)
+    assert stopped.value.args == (128 + signal.SIGHUP,) and process.returncode == -signal.SIGKILL
+    process.stdout.close()
+
+
+def test_nohup_stays_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with runs.interruptible():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_two_races_in_one_second(trainer, monkeypatch):

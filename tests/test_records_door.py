@@ -53,7 +53,11 @@ def test_from_anywhere(tmp_path):
     "error, code, line",
     [
         (command.BadInput("x: wrong;\nmend it"), 2, "records verb: x: wrong;?mend it\n"),
-        (OSError(28, "No space left on device", "a.png"), 2, "records verb: a.png: No space left"),
+        (
+            OSError(28, "No space left on device", "a.png"),
+            2,
+            "records verb: a.png: the disk is full",
+        ),
         (KeyboardInterrupt(), 130, "records verb: interrupted\n"),
     ],
 )

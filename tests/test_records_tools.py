@@ -350,6 +350,24 @@ def test_curves_are_told_apart_by_config(tmp_path):
     assert len(set(labels)) == 4
 
 
+def test_names_say_what_differs_most(tmp_path):
+    """Not what comes first in the alphabet and is the same in most of them."""
+    for i in range(4):
+        config = dict(a=i == 3, b=i == 3, c=i == 3, steps_of=i, lr_muon=i % 2)
+        write(tmp_path, f"{i}.txt", our_log(loss=1.4 + i / 100, config=config))
+    labels = [curve.label for curve in plot.load([str(tmp_path)])]
+    assert len(set(labels)) == 4 and all("steps_of" in label for label in labels)
+
+
+def test_a_run_that_diverged_is_left_out(tmp_path, capsys):
+    write(tmp_path, "good.txt", our_log())
+    write(tmp_path, "bad.txt", re.sub(r"val_loss:\d\.\d+", "val_loss:nan", our_log(seed=1)))
+    out = str(tmp_path / "out.png")
+    assert plot.main([str(tmp_path), "-o", out]) == 0
+    said = capsys.readouterr().out
+    assert "bad.txt: left out, its loss is not finite" in said and "1 run in 1 curve" in said
+
+
 def test_at_most_eight_colours(tmp_path):
     """The eight best curves have colours that differ, and names; others are grey."""
     for i in range(11):

@@ -9,11 +9,9 @@ import re
 import sys
 import tempfile
 
+from data.shards import BadInput, explain
+
 HELP = argparse.RawDescriptionHelpFormatter
-
-
-class BadInput(Exception):
-    """Something the user can mend; the text is one line: what is wrong; what to do. Exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,11 +39,7 @@ def command(verb: str):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return 0
             except OSError as error:
-                where = f"{error.filename}: " if error.filename else ""
-                line, code = (
-                    f"{where}{error.strerror or error}; check the path and its permissions",
-                    2,
-                )
+                line, code = explain(error), 2
             except KeyboardInterrupt:
                 line, code = "interrupted", 130
             print(f"records {verb}: {printable(line, 1000)}", file=sys.stderr)

@@ -37,6 +37,8 @@ import ctypes
 import hashlib
 import itertools
 import math
+import os
+import re
 import secrets
 import shlex
 import sys
@@ -48,7 +50,15 @@ from pathlib import Path
 import numpy as np
 
 from records.tools import logs
-from records.tools.command import BadInput, Parser, command, need, printable, write_json
+from records.tools.command import (
+    BadInput,
+    Parser,
+    command,
+    need,
+    number_in,
+    printable,
+    write_json,
+)
 from records.tools.judge_case import FIRST, Case, read_corpus, taken
 from records.tools.judge_runs import Training
 from records.tools.runs import Interrupted, interruptible
@@ -408,10 +418,13 @@ def parse(argv: list[str]):
     parser.add_argument("--against", type=Path, metavar="RECORD", help="run this one beside it")
     parser.add_argument("--track", choices=sorted(TRACKS), help="[the record's, or laptop]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict there, too")
-    parser.add_argument("--timeout", type=float, default=3600, help="seconds a run may take [3600]")
-    parser.add_argument("--dice", type=int, help="seed of what is asked, to judge alike [drawn]")
+    limit, dice = number_in(float, 1), number_in(int, 0)
+    parser.add_argument("--timeout", type=limit, default=3600, help="seconds a run may take [3600]")
+    parser.add_argument("--dice", type=dice, help="seed of what is asked, to judge alike [drawn]")
     parser.add_argument("--every_check", action="store_true", help="go on after the first proof")
     args = parser.parse_args(argv[:at])
+    if args.json and (not args.json.parent.is_dir() or os.path.lexists(args.json)):
+        raise BadInput(f"{args.json}: give a new file in a folder that exists")
     args.dice = secrets.randbits(32) if args.dice is None else args.dice
     return args, argv[at + 1 :]
 
@@ -420,7 +433,12 @@ def read_script(path: Path) -> bytes:
     place = path / "train_gpt.py" if path.is_dir() else path
     if not place.is_file():
         raise BadInput(f"{path}: no such trainer; name a script or a record folder")
-    return place.read_bytes()
+    source = place.read_bytes()
+    try:
+        compile(source, str(place), "exec")
+    except (SyntaxError, ValueError) as error:
+        raise BadInput(f"{path}: is no Python script ({error}); name a trainer") from None
+    return source
 
 
 def prepare(args, flags: list[str]) -> Case:
@@ -436,7 +454,7 @@ def prepare(args, flags: list[str]) -> Case:
     import train_gpt
 
     for name, value in taken(flags, "seed", "steps", "val_tokens")[0].items():
-        if value and not value.isdigit():
+        if value and not re.fullmatch("[0-9]{1,18}", value):
             raise BadInput(f"--{name} {value}: must be a whole number")
     given, extra = taken(flags, "preset", "seed", "device", "steps")
     name, cuda = given["preset"] or TRACKS[args.track].preset, args.track != "laptop"

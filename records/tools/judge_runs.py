@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
@@ -98,15 +97,7 @@ class Job:
         env = {name: own[name] for name in own if name in PASSED_ON or name.startswith(SET)}
         env |= {"PWD": str(self.folder)} | self.own_places()
         self.began, self.output = time.monotonic(), tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [sys.executable, *words],
-            cwd=self.folder,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        self.process = runs.launch(words, self.output, cwd=self.folder, env=env)
 
     def own_places(self) -> dict[str, str]:
         return {}
@@ -154,9 +145,7 @@ class Job:
         with self.lock:
             alive = self.process and self.process.poll() is None
         if alive:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+            runs.stop(self.process, grace=0)
 
     def close(self):
         """Nothing of it stays: no process, no file."""
@@ -197,8 +186,7 @@ class Training(Job):
         self.flags = [str(word) for word in self.flags()]
         for older in self.files("logs/*.txt"):  # which after_run left
             older.unlink()
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ranks}"]
-        return [*launcher * (self.ranks > 1), "train_gpt.py", *self.flags]
+        return runs.trainer("train_gpt.py", self.flags, self.ranks)
 
     def start(self):
         if self.after_run:
@@ -292,7 +280,7 @@ class Answers(Job):
             plan.append(dict(sizes=sizes, at=at, device="cuda" if self.cuda else "cpu"))
         (self.folder / "plan.json").write_text(json.dumps(plan))
         shutil.copy(ANSWER, self.folder / "answer.py")
-        return ["answer.py"]
+        return [sys.executable, "answer.py"]
 
     def look(self):
         if self.files("*.answers"):

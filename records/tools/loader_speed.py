@@ -7,20 +7,20 @@ import statistics
 import time
 
 import train_gpt
-from records.tools.command import BadInput, Parser, command
+from records.tools.command import BadInput, Parser, command, number_in
 
 
 @command("loader_speed")
 def main(argv) -> int:
     parser = Parser("loader_speed", __doc__)
     parser.add_argument("files", help="token shards, a glob")
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--seq_len", type=int, default=1024)
+    parser.add_argument("--rows", type=number_in(int, 1), default=512)
+    parser.add_argument("--seq_len", type=number_in(int, 1), default=1024)
     parser.add_argument("--spread_rows", action="store_true")
     args = parser.parse_args(argv)
     batch_tokens = args.rows * args.seq_len
     try:
-        shards = train_gpt.Shards(args.files, "files", args.seq_len)
+        shards = train_gpt.Shards(args.files, "train_files", args.seq_len)
         steps = len(shards) // args.rows
         if not steps:
             raise BadInput(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.shards import refuse_irregular
 from records.tools.command import BadInput
 
 GPUS = 8  # of the records' machine: each has a row of every batch; gradients are means over them
@@ -335,6 +336,7 @@ def source_of(log: str) -> str:
 
     Errors: BadInput where there is none.
     """
+    refuse_irregular(log)
     with open(log, encoding="utf-8", errors="replace") as file:
         parts = re.split(r"^={100}$", file.read(), flags=re.M)
     for part in parts:

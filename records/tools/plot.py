@@ -22,6 +22,7 @@ from records.tools.command import (
     command,
     emit,
     need,
+    number_in,
     printable,
     write_atomic,
 )
@@ -70,7 +71,9 @@ def load(paths) -> list[Curve]:
 def add(curves: dict, path: str, label: str):
     """Sorts the runs of one log into the curves."""
     for run in logs.read_log(path):
-        if run.val:
+        if run.val and run.val_loss is None:
+            emit(f"{printable(path)}: left out, its loss is not finite")
+        elif run.val:
             config = {k: v for k, v in (run.config or {}).items() if k not in RUN_LOCAL}
             source = run.source_sha256 or os.path.dirname(os.path.abspath(path))
             key = source, json.dumps(config, sort_keys=True)
@@ -81,11 +84,15 @@ def tell_apart(curves: list[Curve]):
     """Curves of one name get what differs between their configs, or their source, added to it."""
     for label in {curve.label for curve in curves}:
         alike = [curve for curve in curves if curve.label == label]
-        configs = [curve.config for curve in alike if curve.config]
-        keys = sorted(set().union(*configs))
-        differ = [k for k in keys if len({str(config.get(k)) for config in configs}) > 1]
         if len(alike) < 2:
             continue
+        best = sorted(alike, key=lambda curve: curve.final)[: len(COLOURS)]  # these get names
+        configs = [curve.config for curve in best if curve.config]
+        kinds = {
+            key: len({str(config.get(key)) for config in configs})
+            for key in sorted(set().union(*configs))
+        }
+        differ = sorted((k for k in kinds if kinds[k] > 1), key=kinds.get, reverse=True)
         for curve in alike:
             values = [f"{key}={curve.config[key]}" for key in differ if key in curve.config]
             source = (curve.runs[0].source_sha256 or "no source")[:8]
@@ -160,16 +167,15 @@ def draw(axis, curves: list[Curve], x: str, train=False, target=None) -> list:
 
 def crop(axis, curves, train, target):
     """The first few per cent of a run would flatten all the rest: start below them."""
-    low, late = [target] if target is not None else [], []
+    late = [target] if target is not None else []
     for curve in curves:
         for run in curve.runs:
             lines = run.val + (run.train if train else [])
             fine = [(step, loss) for step, loss, _ in lines if loss < logs.MAX_LOSS]
             late += [loss for step, loss in fine if step >= OPENING * run.last_step]
-    low = min(late + low, default=None)
-    if late and max(late) > low:
-        margin = 0.05 * (max(late) - low)
-        axis.set_ylim(low - margin, max(late) + margin)
+    if late and max(late) > min(late):
+        margin = 0.05 * (max(late) - min(late))
+        axis.set_ylim(min(late) - margin, max(late) + margin)
 
 
 def name_ends(axis, ends):
@@ -230,7 +236,11 @@ def parse_args(argv):
     add("logs", nargs="+", metavar="LOG", help="logs, record folders, or folders of logs")
     add("-o", "--out", required=True, metavar="FILE", help=f"to write: {', '.join(FORMATS)}")
     add("--train", action="store_true", help="the smoothed training loss, too")
-    add("--target", type=float, help="a line at this loss (default: the logs' own, if they agree)")
+    add(
+        "--target",
+        type=number_in(float, 0),
+        help="a line at this loss (default: the logs' own, if they agree)",
+    )
     add("--x", choices=("time", "tokens", "both"), default="both", help="default: %(default)s")
     args = parser.parse_args(argv)
     if os.path.splitext(args.out)[1] not in FORMATS:

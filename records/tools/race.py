@@ -84,7 +84,7 @@ def train_twice(entry: Entry, flags, folder: Path, args, failures, **options) ->
 def check_schedule(result: Result, folder: str):
     """Failed where the log shows validations that its flags do not ask for: the stopwatch leaves
     the time in front of a validation line out."""
-    every = (result.line.get("config") or {}).get("val_every")
+    every = logs.number((result.line.get("config") or {}).get("val_every"))
     for run in logs.read_log(result.log):
         for step, _, _ in run.val:
             if every is not None and step != run.planned and (not every or step % every):
@@ -489,7 +489,8 @@ def hold(race: Race) -> int:
     race.save()
     race.print_report()
     print(f"\nlogs and race.json: {race.args.out}")
-    return code or int(any(decision == "failed" for decision, _ in race.verdicts.values()))
+    failed = any(decision == "failed" for decision, _ in race.verdicts.values())
+    return code or int(failed or not all(report["n"] for report in race.reports()))
 
 
 @command("race")

@@ -54,13 +54,14 @@ class Result:
 
 @contextlib.contextmanager
 def interruptible():
-    """SIGINT and SIGTERM raise Interrupted inside, so that a running trainer is ended first."""
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted inside: a running trainer is ended first."""
 
     def interrupt(number, frame):
         raise Interrupted(128 + number)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, interrupt) for number in heard}
     try:
         yield
     finally:
@@ -83,15 +84,29 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} threads"
 
 
-def stop(process):
-    """Ends a process and everything it started in its session; gently first."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
+def launch(command, output, **options) -> subprocess.Popen:
+    """Starts a command in a session of its own; what it says goes to `output`."""
+    streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+    words = [str(word) for word in command]
+    return subprocess.Popen(words, start_new_session=True, **streams, **options)
+
+
+def trainer(script, flags, processes: int) -> list:
+    """The command of a training run by so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *torchrun * (processes > 1), script, *flags]
+
+
+def stop(process, grace: float = GRACE):
+    """Ends a process and everything it started in its session: asks first, kills after `grace`
+    seconds."""
     try:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+        with contextlib.suppress(ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
+            if grace:
+                os.killpg(process.pid, signal.SIGTERM)
+                process.wait(grace)
     finally:  # also where a second Ctrl-C comes
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -199,15 +214,7 @@ def call(
     exits 0 within `timeout` seconds, or has shown `enough` training lines by then and was stopped.
     Nothing that it started in its session outlives the call."""
     watch = Stopwatch()
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        env=env,
-        cwd=cwd,
-    )
+    process = launch(command, subprocess.PIPE, env=env, cwd=cwd)
     try:
         with open(output, "wb") as file:
             last = pump(process, file, Tail(logs, watch), watch.started + timeout, enough)
@@ -249,11 +256,7 @@ def train(
     """Runs a trainer once, alone, with its log in the new folder `folder`. With `enough`, stops it
     after so many training lines, and there is no result."""
     folder.mkdir(parents=True)
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}"]
-    command += [script, *flags, "--log_dir", folder]
+    command = trainer(script, [*flags, "--log_dir", folder], processes)
     env = environment(threads)
     watch = call(command, folder / "output", timeout, env, logs=folder, enough=enough)
     return read_result(folder, watch) if watch.trained < enough else None

@@ -29,6 +29,7 @@ from records.tools.command import (
     write_atomic,
     write_json,
 )
+from records.tools.runs import Interrupted, interruptible
 from records.tools.tracks import TRACKS
 
 TRAIN_LINES = (50, 20, 8, 2)  # training lines kept per log: the first that fits MAX_FOLDER
@@ -207,6 +208,14 @@ def parse_args(argv):
 @command("submit")
 def main(argv) -> int:
     args = parse_args(argv)
+    try:
+        with interruptible():  # so that the folder that is being made goes, too
+            return submit(args)
+    except Interrupted as stopped:
+        return stopped.args[0]
+
+
+def submit(args) -> int:
     name = f"{args.date}_{args.name}"
     place = os.path.join(folders.RECORDS, args.track)
     folder = os.path.join(place, name)

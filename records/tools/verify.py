@@ -103,6 +103,8 @@ def spread(values) -> dict:
 
 def plus_minus(values: dict, scale=1.0, digits=4) -> str:
     """ "1.4987 ± 0.0012" of a dict made by spread()."""
+    if values["mean"] is None:
+        return "?"
     text = f"{values['mean'] / scale:.{digits}f}"
     return text if values["std"] is None else f"{text} ± {values['std'] / scale:.{digits}f}"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from records.tools.command import BadInput, write_atomic
 from records.tools.nullgpu.environment import Environment
-from records.tools.runs import stop
+from records.tools.runs import launch, stop
 
 OBSERVE = Path(__file__).resolve().parent / "observe.py"
 RUNS_KEPT = 10  # outputs of the latest runs, to read after a failure
@@ -118,15 +118,7 @@ class Run:
 
     def execute(self, command: list[str], variables: dict, timeout: float) -> int | None:
         with open(self.folder / "output.txt", "wb") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=variables,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = launch(command, output, cwd=self.folder, env=variables)
             try:
                 return process.wait(timeout)
             except subprocess.TimeoutExpired:
