@@ -231,8 +231,7 @@ def check_config(c):
     refuse(c.n_embd % (2 * c.n_head), "--n_embd over --n_head must give an even whole head_dim")
     refuse(c.ngram == 1 or c.ngram > 8, f"--ngram {c.ngram}: must be 0 (off) or 2 to 8")
     refuse(c.yarn and 0 in c.window, "--yarn needs a --window above 0 in every stage")
-    few = c.n_layer < 4 and (c.middle_skip or c.backout)
-    refuse(few, "--middle_skip and --backout need an --n_layer of 4 or more")
+    refuse(c.n_layer < 2 and c.backout, "--backout needs an --n_layer of 2 or more")
     refuse(c.paired_heads and c.n_head % 2, "--paired_heads needs an even --n_head")
     odd = c.checkpoint_every % c.adam_every  # then gradients would be on their way
     refuse(odd, f"--checkpoint_every must be a multiple of --adam_every {c.adam_every}")

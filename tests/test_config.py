@@ -69,7 +69,7 @@ BAD = [  # what is added to the flags of a tiny run, and words that the answer m
     ("--relora 8 --relora_interval 50", "--steps 12", "50"),
     ("--lawa 3 --lawa_interval 12", "--steps 12", "36"),
     ("--yarn --window 0 8", "--yarn", "above 0"),
-    ("--n_layer 3 --backout", "--backout", "--n_layer of 4"),
+    ("--n_layer 1 --backout", "--backout", "--n_layer of 2"),
     ("--lr_muon 1e30", "--lr_muon", "from 0 to 2^63"),
     ("--ngram 1", "--ngram 1", "2 to 8"),
     ("--ngram 9", "--ngram 9", "2 to 8"),

@@ -47,10 +47,27 @@ RECIPES = {
         --batch_tokens 4096 8192 12288 12288 --momentum_warmup 38 --momentum_cooldown 6
         --sampled_softmax 4096""".split()
     + GPT2_SMALL,
+    # 2.5 times as long: updates to 1 / 6.4
+    "gpt2_small, 1M tokens": """--steps 250 --extension 6 --batch_tokens 2048 4096 6144 6144
+        --momentum_warmup 47 --momentum_cooldown 8 --val_every 25""".split()
+    + GPT2_SMALL,
+    "nov2024, 1M tokens": """--preset nov2024 --steps 126 --batch_tokens 8192
+        --momentum_warmup 19 --val_every 14""".split(),
+    "nov2024, 1M tokens, 250 updates": """--preset nov2024 --steps 250 --batch_tokens 4096
+        --momentum_warmup 39 --val_every 25""".split(),
 }
-COMPARED = ("gpt2_small", "nov2024", "nov2024, 100 updates")
-PLAN = [(name, seed) for seed in (0, 1, 2) for name in COMPARED]
-PLAN += [(name, 0) for name in RECIPES if name not in COMPARED]
+# What is compared with gpt2_small of the same length and seed
+COMPARED = {
+    "nov2024": "gpt2_small",
+    "nov2024, 100 updates": "gpt2_small",
+    "nov2024, whole": "gpt2_small",
+    "sampled softmax": "gpt2_small",
+    "sampled softmax, 4 x tokens": "gpt2_small",
+    "nov2024, 1M tokens": "gpt2_small, 1M tokens",
+    "nov2024, 1M tokens, 250 updates": "gpt2_small, 1M tokens",
+}
+ONCE = ("nov2024, whole", "sampled softmax", "sampled softmax, 4 x tokens")
+PLAN = [(name, seed) for seed in (0, 1, 2) for name in RECIPES if seed == 0 or name not in ONCE]
 
 
 def folder_of(name: str, seed: int, logs_dir: Path) -> Path:
@@ -169,14 +186,14 @@ def report(logs_dir: Path):
     ]
     heads += ["share of its tokens", "of its FLOPs"]
     print(f"\n| {' | '.join(heads)} |\n|---|---:|---:|---|---:|---:|---:|")
-    ours = found.pop("gpt2_small", {})
-    for name, by_seed in found.items():
-        for seed in sorted(by_seed.keys() & ours.keys()):
-            print(against(name, seed, by_seed[seed], ours[seed]))
+    for name in [name for name in COMPARED if name in found]:
+        theirs, ours = found[name], found.get(COMPARED[name], {})
+        for seed in sorted(theirs.keys() & ours.keys()):
+            print(against(name, seed, theirs[seed], ours[seed]))
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--train_files", help="GPT-2 token shards, a glob")
     parser.add_argument("--val_files", help="GPT-2 token shards, a glob")
     parser.add_argument("--logs", type=Path, default=ROOT / "logs" / "middle_scale")

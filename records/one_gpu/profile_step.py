@@ -234,7 +234,7 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
     )[:25]
     rate = config.batch_tokens[0] / step_ms * 1000
     return dict(
-        device=trainer.device_name(device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch=torch.__version__,
         flags=flags,
         micro_batch=micro,
