@@ -53,8 +53,8 @@ RECIPES = {
     + GPT2_SMALL,
     "nov2024, 1M tokens": """--preset nov2024 --steps 126 --batch_tokens 8192
         --momentum_warmup 19 --val_every 14""".split(),
-    "nov2024, 1M tokens, 250 updates": """--preset nov2024 --steps 250 --batch_tokens 4096
-        --momentum_warmup 39 --val_every 25""".split(),
+    "nov2024, 1M tokens, 252 updates": """--preset nov2024 --steps 252 --batch_tokens 4096
+        --momentum_warmup 39 --val_every 28""".split(),
 }
 # What is compared with gpt2_small of the same length and seed
 COMPARED = {
@@ -64,7 +64,7 @@ COMPARED = {
     "sampled softmax": "gpt2_small",
     "sampled softmax, 4 x tokens": "gpt2_small",
     "nov2024, 1M tokens": "gpt2_small, 1M tokens",
-    "nov2024, 1M tokens, 250 updates": "gpt2_small, 1M tokens",
+    "nov2024, 1M tokens, 252 updates": "gpt2_small, 1M tokens",
 }
 ONCE = ("nov2024, whole", "sampled softmax", "sampled softmax, 4 x tokens")
 PLAN = [(name, seed) for seed in (0, 1, 2) for name in RECIPES if seed == 0 or name not in ONCE]
