@@ -255,7 +255,7 @@ def report():
     for axis, (title, rows) in zip(
         axes,
         (
-            ("laptop, live", [r for r in table if r["preset"] == "laptop"]),
+            ("laptop of four layers, live", [r for r in table if r["preset"] == "laptop"]),
             ("nov2024, live", [r for r in table if r["preset"] == "nov2024"]),
             ("LLaMA 7B, formula", [r for r in papers if r["model"] == "7B"]),
         ),
@@ -269,7 +269,7 @@ def report():
         axis.set_yticks(range(len(rows)), [r["variant"] for r in rows], fontsize=6)
         axis.invert_yaxis()
         axis.set(title=title, xlabel="MiB" if "live" in title else "GiB")
-    axes[0].legend(fontsize=7)
+    axes[2].legend(fontsize=7, loc="lower right")
     save(made, "memory.png")
     for r in table:
         print(

@@ -239,6 +239,9 @@ def report_sweep():
                 ylim=(1.9, 3.1) if optimizer == "adam" else (2.0, 3.6),
                 ylabel=f"val loss after {RUNS[optimizer]['steps']} updates",
             )
+            rates = sorted({r["lr"] for r in rows if r["optimizer"] == optimizer})[::2]
+            axis.set_xticks(rates, [f"{rate:.2g}" for rate in rates])
+            axis.minorticks_off()
         axes[-1].legend(title="width, density", fontsize=7, ncol=3, loc="upper center")
         save(made, f"supar_lr_{optimizer}.png")
     write_csv("supar_best.csv", best)
@@ -390,7 +393,8 @@ def report_check():
             title = (
                 rule
                 if optimizer == "adam"
-                else f"rate x density^-{power:g}{', gradient masked' if first == 'True' else ''}"
+                else (f"rate x density^-{power:g}" if power else "no factor")
+                + ", gradient masked" * (first == "True")
             )
             axis.set(
                 xscale="log",
@@ -399,7 +403,8 @@ def report_check():
                 ylabel=ylabel,
                 title=f"{optimizer}, {title}",
             )
-        axes[0].legend(title="density; pale: update 1, full: 4", fontsize=7)
+        legend = dict(title="density; pale: update 1, full: 4", title_fontsize=7, fontsize=7)
+        axes[2].legend(**legend, loc="center right")
         save(made, f"supar_check_{key}.png")
     print(
         "Output sizes against dense at the same width, where a neuron keeps >= 64 weights: "

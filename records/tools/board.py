@@ -34,6 +34,7 @@ from records.tools.command import (
 from records.tools.logs import number
 from records.tools.tracks import TRACKS
 
+MARKED = {7.8: "preset nov2024", 1.65: "preset gpt2_small"}  # of the public history
 # The public 8xH100 record for 3.28 on FineWeb, in minutes: the work of the contributors of llm.c
 # and modded-nanogpt.
 PUBLIC_HISTORY = (
@@ -286,7 +287,7 @@ def texts(tracks: dict) -> dict[str, dict[str, str]]:
     blocks["board:public"] = public_table()
     blocks["board:pictures"] = "![Public and laptop history](history.png)"
     if laptop:
-        blocks["board:pictures"] += "\n\n![Loss of the laptop records over train time](loss.png)"
+        blocks["board:pictures"] += "\n\n![Loss of the ranked laptop records](loss.png)"
     wanted = {os.path.join(folders.RECORDS, "README.md"): blocks}
     top = os.path.join(root(), "README.md")
     if os.path.isfile(top) and between(read(top), "board:ablation") is not None:
@@ -306,15 +307,16 @@ def read(path) -> str:
 def draw_public(axis):
     """The public record: others' work, for reference."""
     minutes = [m for m, _ in PUBLIC_HISTORY]
-    start, last = minutes.index(7.8), len(minutes) - 1
+    last = len(minutes) - 1
     axis.step(range(len(minutes)), minutes, where="post", color="#888888", linewidth=1.5)
     axis.plot(range(len(minutes)), minutes, "o", color="#888888", markersize=4)
-    axis.plot([start], [7.8], "o", color=plot.COLOURS[1], markersize=8)
     text = dict(textcoords="offset points", fontsize=9)
-    for i, offset in ((0, (6, 2)), (start, (8, 6)), (last, (-34, 9))):
+    for i, offset in ((0, (6, 2)), (last, (-34, 9))):
         axis.annotate(f"{minutes[i]:g} min", (i, minutes[i]), xytext=offset, **text)
-    here = "this repository starts here"
-    axis.annotate(here, (start, 7.8), xytext=(8, 20), color=plot.COLOURS[1], **text)
+    for time, preset in MARKED.items():
+        end, orange = (minutes.index(time), time), plot.COLOURS[1]
+        axis.plot(*end, "o", color=orange, markersize=8)
+        axis.annotate(f"{time:g} min: {preset}", end, xytext=(8, 8), color=orange, **text)
     log_scale(axis, (1, 2, 5, 10, 20, 50))
     axis.set_xticks([])
     axis.set_xlabel("records in order, 2024 to July 2026")
@@ -337,13 +339,13 @@ def draw_laptop(axis, laptop: list[Record]):
         face = "white" if record.unranked else plot.COLOURS[0]
         axis.plot(i, record.relative, "o", color=plot.COLOURS[0], markerfacecolor=face)
         text = dict(xytext=(4, 6), textcoords="offset points", fontsize=9)
-        axis.annotate(f"{record.relative:.2f}", (i, record.relative), **text)
+        axis.annotate(f"{record.relative:.3f}", (i, record.relative), **text)
     axis.set_xticks(
         range(len(known)), [r.title for r in known], rotation=35, ha="right", fontsize=8
     )
     log_scale(axis, (0.1, 0.2, 0.5, 1))
     axis.set_ylim(min(0.08, *values) * 0.9, max(values) * 1.35)
-    axis.margins(x=0.08)
+    axis.margins(x=0.1)
     if any(record.unranked for record in known):
         axis.plot([], [], "o", color=plot.COLOURS[0], markerfacecolor="white", label="not ranked")
         axis.legend(loc="upper right", frameon=False, fontsize=9)
@@ -400,7 +402,7 @@ def draw_loss(path, laptop: list[Record]):
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.set_xlim(0.004, 1.3)
-    axis.set_ylim(1.0, 2.4)
+    axis.set_ylim(0.9, 2.4)
     axis.set_xlabel("train time relative to that of the first record, by paired race")
     axis.set_ylabel("training loss, smoothed (lines); validation loss (dots)")
     axis.grid(alpha=0.25, linewidth=0.6)
@@ -410,12 +412,13 @@ def draw_loss(path, laptop: list[Record]):
 def draw_names(axis, records: list[Record]):
     """The records' names below their last points, stacked where these are close."""
     level, previous = 0, None
+    lowest = min(record.result["val_loss"]["mean"] for record in records)
     for record, colour in sorted(
         zip(records, plot.COLOURS, strict=False), key=lambda pair: pair[0].relative
     ):
         close = previous is not None and record.relative < 1.8 * previous
         level = level + 1 if close else 0
-        end, previous = (record.relative, record.result["val_loss"]["mean"]), record.relative
+        end, previous = (record.relative, lowest), record.relative
         axis.annotate(
             record.title,
             end,
