@@ -1818,7 +1818,7 @@ def train(c, runtime, argv):
     path, state = find_resumption(c, data) if c.resume else ("", {})
     saving = {"checkpoint_every": c.checkpoint_every, "the step of --resume": state.get("step")}
     agree(runtime, identity(c, data) | saving)
-    if c.checkpoint_every:
+    if c.checkpoint_every or c.resume:
         with blame(f"--checkpoint_dir {c.checkpoint_dir}: no folder can be made there"):
             Path(c.checkpoint_dir).mkdir(parents=True, exist_ok=True)
     log, begun = Log(c, runtime, argv, data), time.perf_counter()

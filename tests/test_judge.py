@@ -674,7 +674,7 @@ def test_a_signal_leaves_nothing_behind(number, tmp_path, data):
         ("train_gpt.py --timeout nan", "nan is not between 1"),
         ("train_gpt.py --json README.md", "README.md: give a new file"),
         ("train_gpt.py -- --train_files README.md", "README.md: not a"),
-        ("README.md", "is no Python script"),
+        ("README.md", "Python cannot read it"),
         ("data", "no such trainer"),
         ("train_gpt.py -- --val_files nowhere/*.bin", "no such data"),
     ],

@@ -253,13 +253,40 @@ def test_a_linked_folder_is_no_record(record, tmp_path):
     assert said(folders.check_record(record), "the folder is a link")
 
 
-def test_only_one_source_goes_without_a_race(record, monkeypatch):
-    """A date is soon made up, so a track's first record is named by its source."""
-    sha = folders.logs.sha256_file(record / "train_gpt.py")
-    for first in (sha, "0" * 64):
-        monkeypatch.setitem(TRACKS, "laptop", dataclasses.replace(TRACKS["laptop"], first=first))
-        assert folders.check_record(record).ok == (first == sha)
-    assert said(folders.check_record(record), "race.json is missing")
+def settle(monkeypatch, *records, early=""):
+    """These folders are in."""
+    known = {r.name: folders.logs.sha256_file(r / "train_gpt.py") for r in records}
+    rules = dataclasses.replace(TRACKS["laptop"], settled=known, early=early)
+    monkeypatch.setitem(TRACKS, "laptop", rules)
+
+
+def test_a_new_record_comes_after_those_that_are_in(record, raced, monkeypatch):
+    """A date is soon made up."""
+    settle(monkeypatch, record, raced)
+    assert folders.check_record(record).ok and folders.check_record(raced).ok
+    older = record.with_name("2026-11-20_a")
+    shutil.copytree(record, older)
+    write(older, "train_gpt.py", SOURCE + "# older\n")
+    group = folders.check_record(older)
+    assert said(group, f"it is dated before {SECOND}, which was here first"), group.reasons
+    assert said(group, "race.json is missing")
+    assert folders.check_record(record).ok, "what is in is no copy of what came later"
+    edit(record / "train_gpt.py", "torch", "numpy")
+    assert said(folders.check_record(record), "not the one that is settled under this name")
+
+
+def test_no_record_is_older_than_its_runs(record):
+    early = record.with_name("2026-11-19_idea")
+    os.rename(record, early)
+    assert said(folders.check_record(early), "dated before its own runs, the last of 2026-11-20")
+
+
+def test_stray_entries_stop_nobody(record, raced, tmp_path):
+    (record.parent / "2026-11-30_notes").write_text("hi")
+    os.symlink("nowhere", record.parent / "2026-11-30_link")
+    (record.parent / "2000-01-01_empty").mkdir()
+    (record / "__pycache__").mkdir()
+    assert folders.check_record(record).ok and folders.check_record(raced).ok
 
 
 def test_a_race_of_other_runs(record, raced):
@@ -390,6 +417,8 @@ FORGED = {
     ),
     "easier data": (dict(flags="--preset laptop --val_files easy"), "flags had --val_files"),
     "runs that failed": (dict(failures=[{"run": "round000_B", "why": "x"}]), "runs failed in it"),
+    "words that are no flags": (dict(flags="foo --preset laptop"), "flags begin with foo"),
+    "half a round": (dict(runs_planned=4.5), "4 pairs of 4.5 planned"),
     "no word of failures": (dict(failures=None), "runs failed in it"),
     "stopped between looks": (
         dict(runs_planned=9, looks=[3, 6, 9], level_per_look=stats.ALPHA / 3),
@@ -461,16 +490,15 @@ def test_what_is_raced_is_what_ran(raced):
 
 def test_early_records(record, raced, monkeypatch):
     """Records listed as older than the rule pass with a wider margin, but only winners rank."""
-    sha = folders.logs.sha256_file(raced / "train_gpt.py")
-    rules = dataclasses.replace(TRACKS["laptop"], early={SECOND: sha})
-    monkeypatch.setitem(TRACKS, "laptop", rules)
+    settle(monkeypatch, record, raced, early=SECOND)
     assert not consistent(record, raced, margin=0.02).unranked
     worse = LOSSES | {"candidate": [1.4955, 1.4965, 1.4975, 1.4980]}
     group = consistent(record, raced, losses=worse, margin=0.02)
     assert group.ok and "does not show a loss as good: +0.005" in group.unranked
     assert said(consistent(record, raced, margin=0.02, ratio=0.5), "ratio 0.5 does not follow")
-    rules = dataclasses.replace(TRACKS["laptop"], early={SECOND: "0" * 64})
-    monkeypatch.setitem(TRACKS, "laptop", rules)
+    rewrite(raced, dict(loss_margin=None, looks=None, ratio=0.001))
+    assert said(folders.check_record(raced), "the loss margin is None")
+    settle(monkeypatch, record, raced)
     assert said(consistent(record, raced, margin=0.02), "the loss margin is 0.02")
 
 

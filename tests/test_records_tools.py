@@ -220,8 +220,8 @@ def test_only_winners_are_ranked(place, monkeypatch, capsys):
     write(third, "race.json", json.dumps(race_of(second, third, times, losses, faster="not shown")))
     assert len(board.ranked("laptop", board.read_track("laptop"))) == 2
     # a folder older than the rules, whose race shows no winner: in its place in the history alone
-    sha = logs.sha256_file(second / "train_gpt.py")
-    rules = dataclasses.replace(TRACKS["laptop"], early={second.name: sha})
+    settled = {r.name: logs.sha256_file(r / "train_gpt.py") for r in (first, second)}
+    rules = dataclasses.replace(TRACKS["laptop"], settled=settled, early=second.name)
     monkeypatch.setitem(TRACKS, "laptop", rules)
     worse = LOSSES | {"candidate": [1.4955, 1.4965, 1.4975, 1.4980]}
     made = race_of(first, second, losses=worse, margin=0.02, faster="not shown")
@@ -251,7 +251,7 @@ def test_names_in_tables_are_text(place):
 
 
 @pytest.mark.parametrize(
-    "unranked, ci, word",
+    "lost, ci, word",
     [
         ("", [0.7, 0.9], "faster"),
         ("why", [1.1, 1.2], "slower"),
@@ -259,8 +259,10 @@ def test_names_in_tables_are_text(place):
         ("why", [0.9, 1.1], "no difference shown"),
     ],
 )
-def test_effect(unranked, ci, word):
-    made = board.Record("x", "laptop", {}, dict(ci=ci, ratio=1), unranked=unranked)
+def test_effect(lost, ci, word, monkeypatch):
+    """What the race shows, whether or not the record has a place."""
+    monkeypatch.setattr(folders, "why_not_faster", lambda race: lost)
+    made = board.Record("x", "laptop", {}, dict(ci=ci, ratio=1), unranked="another reason")
     assert board.effect(made) == word
     assert board.effect(board.Record("x", "laptop", {})) == "start"
 

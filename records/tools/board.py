@@ -146,16 +146,16 @@ def read_track(track: str) -> list[Record]:
         if TRACKS[track].raced and record.relative is None and not record.unranked:
             record.unranked = "its race leads to no record that is here"
     if TRACKS[track].raced:
-        demand_the_best(good, TRACKS[track].early)
+        demand_the_best(good, TRACKS[track].settled)
     return records
 
 
-def demand_the_best(records: list[Record], early):
+def demand_the_best(records: list[Record], settled):
     """A place takes a race against the fastest record of its day: a ratio against a slower one says
     nothing of who is faster."""
     best = records[0] if records else None
     for record in records:
-        met = record is best or record.reference == best.name or record.name in early
+        met = record is best or record.reference == best.name or record.name in settled
         if not met and not record.unranked:
             words = f"it was raced against {record.reference}, when {best.name} was the fastest"
             record.unranked = words
@@ -240,7 +240,7 @@ def effect(record: Record) -> str:
     """What the race says in a word or two."""
     if record.race is None:
         return "start"
-    if not record.unranked:
+    if not folders.why_not_faster(record.race):
         return "faster"
     low, high = record.race["ci"]
     if low > 1:

@@ -55,7 +55,7 @@ def number_in(kind, low, high=math.inf):
 
     def parse(given):
         value = kind(given)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{given} is not between {low} and {high}")
         return value
 

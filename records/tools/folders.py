@@ -121,6 +121,7 @@ def check_record(folder, track=None, target=None, alpha=stats.ALPHA) -> Group:
         group.reasons += check_result_file(own, stored) + check_readme(own, folder)
     if track is not None:
         group.reasons += check_copy(folder, track, sha, runs)
+        group.reasons += check_date(group, name, TRACKS[track], sha)
         rank(group, folder, TRACKS[track], sha)
     return group
 
@@ -149,7 +150,7 @@ def check_files(folder) -> list[str]:
         datetime.date.fromisoformat(found[1] if found else "")
     except ValueError:
         reasons.append("the folder's name is not <date>_<name>, of letters, digits, - and _")
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(set(os.listdir(folder)) - {"__pycache__"}):  # git ignores it
         path = os.path.join(folder, name)
         if not FILE.fullmatch(name):
             reasons.append(f"{printable(name, 60)} does not belong into a record folder")
@@ -234,8 +235,9 @@ def siblings(folder, track) -> list[str]:
     found = {}
     for place in filter(os.path.isdir, places):
         for name in sorted(os.listdir(place)):
-            if name != os.path.basename(folder) and NAME.fullmatch(name):
-                found.setdefault(name, os.path.join(place, name))
+            path = os.path.join(place, name)
+            if name != os.path.basename(folder) and NAME.fullmatch(name) and os.path.isdir(path):
+                found.setdefault(name, path)
     return list(found.values())
 
 
@@ -253,8 +255,10 @@ def identities_in(path, modified, size) -> set:
 
 def check_copy(folder, track, sha, runs) -> list[str]:
     """That no other record of the track has this source, or one of these runs. Nothing tells which
-    of two is the copy, so neither passes."""
+    of two is the copy, so neither passes; but one that is settled is none."""
     reasons, mine = [], identities(runs)
+    if TRACKS[track].settled.get(os.path.basename(folder)) == (sha or ""):
+        return []
     for other in siblings(folder, track):
         name, code = os.path.basename(other), os.path.join(other, "train_gpt.py")
         if sha and source_sha256(code) == sha:
@@ -284,6 +288,19 @@ def identities_of(path) -> set:
 # ---------------------------------------------------------------------------------------- the race
 
 
+def check_date(group: Group, name: str, track: Track, sha) -> list[str]:
+    """That a record is not dated before what was there first."""
+    reasons, newest = [], max(track.settled, default="")
+    if name in track.settled and track.settled[name] != sha:
+        reasons.append("its train_gpt.py is not the one that is settled under this name")
+    if name not in track.settled and name < newest:
+        reasons.append(f"it is dated before {newest}, which was here first")
+    started = max(str(run.header.get("run_id"))[:10] for run in group.runs)
+    if re.fullmatch(r"[0-9-]{10}", started) and started > name[:10]:
+        reasons.append(f"it is dated before its own runs, the last of {started}")
+    return reasons
+
+
 def rank(group: Group, folder, track: Track, sha):
     """Whether the folder has a place on the board: on a raced track, by its race.json."""
     path = os.path.join(folder, "race.json")
@@ -293,8 +310,9 @@ def rank(group: Group, folder, track: Track, sha):
             group.reasons.append("race.json: this track is not ranked by race; leave it out")
         return
     if not os.path.lexists(path):
-        earlier = [path for path in siblings(folder, group.track) if os.path.basename(path) < name]
-        first = sha == track.first if track.first else not earlier
+        others = [other for other in siblings(folder, group.track) if logs_of(other)]
+        earlier = [os.path.basename(other) for other in others if os.path.basename(other) < name]
+        first = name == min(track.settled) if track.settled else not earlier
         if not first:
             group.reasons.append("race.json is missing: all but the track's first record are raced")
         return
@@ -307,7 +325,7 @@ def rank(group: Group, folder, track: Track, sha):
     reasons = []
     race = read_json(path, reasons)
     if race is not None:
-        early = track.early.get(name) == sha
+        early = track.settled.get(name) == sha and name <= track.early
         reasons += check_race(race, group, folder, sha, early)
         lost = "" if reasons else why_not_faster(race)
         if lost and early:
@@ -323,7 +341,7 @@ def check_race(race, group: Group, folder, sha, early: bool) -> list[str]:
     reasons = check_entries(race, folder, group.track, sha)
     reasons += check_flags(race, track)
     margin, alpha = number(race.get("loss_margin")), number(race.get("alpha"))
-    if margin != stats.LOSS_MARGIN and not early:
+    if margin is None or margin != stats.LOSS_MARGIN and not early:
         shown = printable(race.get("loss_margin"), 20)
         reasons.append(f"the loss margin is {shown}; records are raced at {stats.LOSS_MARGIN:g}")
     if alpha != stats.ALPHA:
@@ -365,13 +383,16 @@ def check_entries(race, folder, track: str, sha) -> list[str]:
     if source_sha256(code) is None or source_sha256(code) != sources.get("reference"):
         reasons.append(f"the reference was another source than record {name}, or has no hash")
     if name > mine:
-        reasons.append(f"the reference {shown} is a later record")
+        reasons.append(f"the reference {shown} is a later record, by the order of the names")
     return reasons
 
 
 def reference_of(race) -> str:
     """Name of the record that was raced against."""
-    path = printable(race.get("reference"), 1000)
+    try:
+        path = [*shlex.split(printable(race.get("reference"), 1000)), ""][0]
+    except ValueError:
+        path = ""
     return os.path.basename(path.removesuffix("/train_gpt.py").rstrip("/"))
 
 
@@ -387,6 +408,8 @@ def check_flags(race, track: Track) -> list[str]:
         own = foreign_flags(words, track, local=()) if who == "flags" else parse_flags(words)
         for name in own:
             reasons.append(f"{who} had --{printable(name, 40)}, which is no flag of the track")
+        if who == "flags" and words and not words[0].startswith("--"):
+            reasons.append(f"flags begin with {printable(words[0], 40)}, which is none")
         if who != "flags" and len(words) != 1:
             reasons.append(f"{who} is not one path: {printable(given, 60)}")
     return reasons
@@ -431,15 +454,15 @@ def check_times(race, track: Track, margin: float) -> list[str]:
 def check_looks(race, n: int) -> list[str]:
     """That the race ended after one of the looks that its plan has, and decided at their level."""
     planned, looks = number(race.get("runs_planned")), race.get("looks")
-    if planned is None or n > planned or n < stats.MIN_PAIRS:
+    if planned is None or planned % 1 or n > planned or n < stats.MIN_PAIRS:
         given = printable(race.get("runs_planned"), 20)
         return [f"{n} pairs of {given} planned; at least {stats.MIN_PAIRS} are needed"]
-    count = len(looks) if isinstance(looks, list) else 0
-    if not count or looks != stats.planned_looks(int(planned), count):
+    plans = [stats.planned_looks(int(planned), k) for k in range(1, min(int(planned), 100) + 1)]
+    if looks not in plans:
         return [f"looks {printable(looks, 40)} are not those of {planned:g} rounds"]
     if n not in looks:
         return [f"it has {n} pairs, but would end after {printable(looks, 40)}"]
-    if differences(race.get("level_per_look"), stats.ALPHA / count):
+    if differences(race.get("level_per_look"), stats.ALPHA / len(looks)):
         return ["level_per_look is not alpha over the number of looks"]
     return []
 

@@ -436,8 +436,8 @@ def read_script(path: Path) -> bytes:
     source = place.read_bytes()
     try:
         compile(source, str(place), "exec")
-    except (SyntaxError, ValueError) as error:
-        raise BadInput(f"{path}: is no Python script ({error}); name a trainer") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise BadInput(f"{path}: Python cannot read it ({error}); name a trainer") from None
     return source
 
 

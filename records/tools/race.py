@@ -248,7 +248,11 @@ class Race:
         reference, candidate = self.entries[i - 1], self.entries[i]
         data = {result.data for pair in pairs for result in pair}
         names = tuple(f"_{self.letter(j)}" for j in (i - 1, i))
-        failures = [f for f in self.failures if any(name in f["run"] for name in names)]
+        failures = [
+            failure
+            for failure in self.failures
+            if failure["run"].startswith("round") and any(name in failure["run"] for name in names)
+        ]
         return {
             "reference": reference.name,
             "candidate": candidate.name,
@@ -336,6 +340,8 @@ def text_of(report: dict) -> list[str]:
 def warnings(report: dict) -> list[str]:
     """What makes this pair's numbers less than they seem."""
     found = []
+    if report.get("failures"):
+        found.append("runs failed, so this race makes no record; race again for one")
     if not report["same_data"]:
         found.append("the two did not read the same data, so their losses may not compare")
     outside = {}
@@ -388,7 +394,7 @@ def parse_entry(given: str) -> Entry:
         raise BadInput(
             f"{script}: no such file; give a script, or a record folder with a train_gpt.py"
         )
-    return Entry(given.strip(), script, tuple(flags), sha256(script))
+    return Entry(shlex.join([path, *flags]), script, tuple(flags), sha256(script))
 
 
 def make_parser() -> Parser:

@@ -49,11 +49,13 @@ class Track:
     resumed: bool = False  # whether a run may have been
     raced: bool = False  # ranked by paired race, not by what a log says
     preset: str | None = None
-    first: str | None = None  # source of its first record, once it has one: the only one unraced
-    # Folders older than the rules that all races use the default margin and that a folder holds the
-    # runs of its race, by their source. What they prove is worked out anew from their times and
+    # {name: sha256 of the source} of the records that are in. A date is soon made up: what is not
+    # in here comes after them.
+    settled: dict = field(default_factory=dict)
+    # Those up to this name are older than the rules that all races use the default margin and that
+    # a folder holds the runs of its race. What they prove is worked out anew from their times and
     # losses; those that do not win are not ranked.
-    early: dict = field(default_factory=dict)
+    early: str = ""
 
 
 def fineweb(about: str, **rules) -> Track:
@@ -61,8 +63,8 @@ def fineweb(about: str, **rules) -> Track:
     return Track(about, 3.28, 10_485_760, 50257, "fineweb", FINEWEB_VAL, True, **rules)
 
 
-FIRST_LAPTOP = "56449a46baeeabd65993152c63a5cf8c3cbbce0eb5fcdcfcf206cb61b8a3dfe8"
-EARLY_LAPTOP = {
+SETTLED_LAPTOP = {
+    "2026-11-21_01_adamw": "56449a46baeeabd65993152c63a5cf8c3cbbce0eb5fcdcfcf206cb61b8a3dfe8",
     "2026-11-21_02_muon": "4549e634971192f2c62671dbd1d512fd33e1e4c89d34e593691d2e3d1650aeb3",
     "2026-11-21_03_relu2_qknorm_zeroinit": (
         "aa79252cf791acb012e396b7e05bf15fb2983bf19f1238b9aca3deaf71b2b3df"
@@ -73,6 +75,8 @@ EARLY_LAPTOP = {
     "2026-11-21_07_short_rows": "ebecc0ebdf5090901a2c5285dd39588097fd2a53d43871b9cff832cfd4acb873",
     "2026-11-21_08_two_layers": "7fef417ec4b6f83feb824977e210ba294d004a8634fea59ef456bb1008afe1f7",
     "2026-11-21_09_lr_floor": "6f9417782b3263ff63d6770df9c764ab367fc895671aa2f5c8a04977210ec284",
+    "2026-11-21_10_normuon": "90e13e2cfb7bd4f9b7e203c5a2669198a388b7510c71ba0eb0e660796823b799",
+    "2026-11-21_11_key_offset": "a81376fa09a022e3225a340b66ceea47fe701740174caf871d502c369c4cded6",
 }
 
 TRACKS = {
@@ -97,8 +101,8 @@ TRACKS = {
         device="CPU",
         raced=True,
         preset="laptop",
-        first=FIRST_LAPTOP,
-        early=EARLY_LAPTOP,
+        settled=SETTLED_LAPTOP,
+        early="2026-11-21_09_lr_floor",
     ),
     "memory": fineweb("FineWeb, val loss ≤ 3.28: least peak memory", resumed=True),
 }
