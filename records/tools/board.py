@@ -467,6 +467,9 @@ def main(argv) -> int:
     for record in records:
         if record.refused:
             print(f"records board: {record.track}/{record.name}: {record.refused}", file=sys.stderr)
+        elif TRACKS[record.track].raced and record.name not in TRACKS[record.track].settled:
+            line = f'"{record.name}": "{record.result["source_sha256"]}"'
+            print(f"records board: new; once it is in, settle it in tools/tracks.py: {line}")
     plural = "s" * (len(records) != 1)
     done = f"rewrote {names}" if stale else "the text was up to date"
     emit(f"{len(records)} record{plural}; {done}")
