@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from test_records_logs import SOURCE, write
-from test_records_verify import laptop_rules, logs_in, mutate, only, said  # noqa: F401
+from test_records_verify import laptop_rules, logs_in, mutate, only, said, set_rules  # noqa: F401
 
 from records.tools import folders, stats, submit, verify
 from records.tools.tracks import TRACKS
@@ -28,11 +28,28 @@ def make(place, name, *flags, source=SOURCE, date="2026-11-20", **changes):
     return submit.main([name, *paths, *words, *flags])
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with both records, made once."""
+    place = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        set_rules(patch)
+        patch.setattr(folders, "RECORDS", str(place))
+        assert make(place, "idea") == 0
+        make_raced(place, place / "laptop" / FIRST)
+    return place / "laptop"
+
+
 @pytest.fixture
-def record(tmp_path, monkeypatch):
+def record(built, tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "RECORDS", str(tmp_path))
-    assert make(tmp_path, "idea") == 0
-    return tmp_path / "laptop" / FIRST
+    return shutil.copytree(built / FIRST, tmp_path / "laptop" / FIRST)
+
+
+@pytest.fixture
+def raced(built, record):
+    """A second record, which won its race against the first."""
+    return shutil.copytree(built / SECOND, record.with_name(SECOND))
 
 
 def race_of(reference, candidate, times=TIMES, losses=LOSSES, margin=stats.LOSS_MARGIN, **changes):
@@ -64,24 +81,21 @@ def race_of(reference, candidate, times=TIMES, losses=LOSSES, margin=stats.LOSS_
     return made | changes
 
 
-@pytest.fixture
-def raced(record, tmp_path):
-    """A second record, which won its race against the first."""
+def make_raced(place, record):
     other = "# better\n" + SOURCE
-    trainer = tmp_path / "train_gpt.py"
+    trainer = place / "train_gpt.py"
     trainer.write_text(other)
-    write(tmp_path, "race.json", json.dumps(race_of(record, tmp_path)))
-    date = ["--date", "2026-11-21", "--race", str(tmp_path / "race.json")]
+    write(place, "race.json", json.dumps(race_of(record, place)))
+    date = ["--date", "2026-11-21", "--race", str(place / "race.json")]
     seeds = {"run_id": "2026-11-21_00-00-00_{:06x}"}
     paths = []
     for seed in range(4):
         run_id = seeds["run_id"].format(seed)
-        folder = tmp_path / "logs" / "better" / str(seed)
+        folder = place / "logs" / "better" / str(seed)
         head = dict(header=dict(run_id=run_id), source=other, step_ms=9.5)
         paths += logs_in(folder, seeds=(seed,), **head)
     words = ["--track", "laptop", "--what", "Better.", "--why", "It is."]
     assert submit.main(["better", *paths, *words, *date]) == 0
-    return tmp_path / "laptop" / SECOND
 
 
 def rewrite(folder, change):

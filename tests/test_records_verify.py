@@ -21,6 +21,10 @@ RECORDS = folders.RECORDS
 
 @pytest.fixture(autouse=True)
 def laptop_rules(monkeypatch):
+    set_rules(monkeypatch)
+
+
+def set_rules(monkeypatch):
     """The laptop track at the size of the golden logs, whatever its real numbers are."""
     rules = dataclasses.replace(TRACKS["laptop"], target=1.5, val_tokens=4096, settled={}, early="")
     monkeypatch.setitem(TRACKS, "laptop", rules)
