@@ -300,7 +300,7 @@ def test_test_command(checkout):
     for name in REQUIREMENTS:
         assert name in checkout.calls()[1]
     checkout.run("test", "-k", "muon")
-    spread = ["-n", "auto", "--dist", "worksteal"]
+    spread = ["-n", str(os.cpu_count() + 1), "--dist", "worksteal"]
     assert checkout.calls() == [["pytest", str(checkout.venv), "-q", *spread, "-k", "muon"]]
     checkout.check_launched(prefix=checkout.venv)  # it has what training needs
 
