@@ -6,7 +6,6 @@ import dataclasses
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,6 +55,8 @@ def test_every_form_of_the_model_is_one_graph(flags, monkeypatch):
             return make_boxed_func(graph.forward)
 
         return compiler
+
+    from torch._dynamo.backends.common import aot_autograd  # takes a second to import
 
     backend = aot_autograd(
         fw_compiler=record("forward"),

@@ -257,7 +257,12 @@ def start_two(folder: Path, what: str, *wrapper: str) -> subprocess.Popen:
     [
         pytest.param("nothing", 0, [], marks=pytest.mark.slow),
         ("mistake", 2, ["train_gpt.py: no such thing; try another"]),
-        ("bug", 1, ["ZeroDivisionError: oh", "launch.py: rank 1 failed first"]),
+        pytest.param(
+            "bug",  # test_distributed has one, too
+            1,
+            ["ZeroDivisionError: oh", "launch.py: rank 1 failed first"],
+            marks=pytest.mark.slow,
+        ),
         ("death", 137, ["launch.py: rank 1 was killed by SIGKILL"]),
     ],
 )

@@ -357,7 +357,10 @@ def test_edited_during_the_race(trainer, exact, monkeypatch, capsys):
     assert code == 1 and found["n"] == 1 and "edited during the race" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_interrupt_prints_what_there_is(trainer, number, code):
     command = [sys.executable, ROOT / "records", "race", trainer, f"{trainer} --name B --hang 2"]
     process = subprocess.Popen(
