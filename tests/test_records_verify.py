@@ -246,7 +246,8 @@ def test_runs_that_do_not_agree_with_themselves(tmp_path, changes, text):
 def fineweb_logs(folder, val=FINEWEB_VAL, **changes):
     config = dict(val_tokens=10_485_760, vocab_size=50257) | changes.pop("config", {})
     data = val | {"fineweb_train_000001.bin": "1" * 64}
-    return logs_in(folder, data=data, config=config, **changes)
+    result = dict(peak_memory_bytes=10**10) | changes.pop("result", {})
+    return logs_in(folder, data=data, config=config, result=result, **changes)
 
 
 def test_resumed_runs_count_on_the_memory_track(tmp_path):
@@ -262,6 +263,11 @@ def test_resumed_runs_count_on_the_memory_track(tmp_path):
         (dict(val={}), "did not use fineweb_val_000000.bin"),
         (dict(val=FINEWEB_VAL | {"fineweb_val_000001.bin": "0" * 64}), "track memory validates on"),
         (dict(val=FINEWEB_VAL | {"wiki_000001.bin": "0" * 64}), "demands fineweb shards"),
+        (dict(val=FINEWEB_VAL | {"fineweb_edu_train_1.bin": "0" * 64}), "demands fineweb shards"),
+        (dict(result=dict(peak_memory_bytes=-5e9)), "-5000000000.0 do not hold its parameters"),
+        (dict(result=dict(peak_memory_bytes=None)), "None do not hold its parameters"),
+        (dict(result=dict(peak_memory_bytes=1)), "1 do not hold its parameters"),
+        (dict(step_ms=0.0), "train_time_ms is 0: no clock shows that"),
         (dict(config=dict(vocab_size=50304)), "has vocab_size 50304; track memory demands 50257"),
     ],
 )

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+from pathlib import Path
 
 from data.shards import BadInput, explain
 
@@ -61,6 +62,14 @@ def number_in(kind, low, high=math.inf):
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def new_file(given) -> Path:
+    """An argparse type: a path at which nothing is overwritten, in a folder that exists."""
+    path = Path(given)
+    if not path.parent.is_dir() or os.path.lexists(path):
+        raise BadInput(f"{path}: give a new file in a folder that exists")
+    return path
 
 
 def need(*modules: str):

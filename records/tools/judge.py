@@ -37,7 +37,6 @@ import ctypes
 import hashlib
 import itertools
 import math
-import os
 import re
 import secrets
 import shlex
@@ -55,6 +54,7 @@ from records.tools.command import (
     Parser,
     command,
     need,
+    new_file,
     number_in,
     printable,
     write_json,
@@ -417,14 +417,14 @@ def parse(argv: list[str]):
     parser.add_argument("script", type=Path, help="a trainer, or a record folder")
     parser.add_argument("--against", type=Path, metavar="RECORD", help="run this one beside it")
     parser.add_argument("--track", choices=sorted(TRACKS), help="[the record's, or laptop]")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict there, too")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="write the verdict there, too"
+    )
     limit, dice = number_in(float, 1), number_in(int, 0)
     parser.add_argument("--timeout", type=limit, default=3600, help="seconds a run may take [3600]")
     parser.add_argument("--dice", type=dice, help="seed of what is asked, to judge alike [drawn]")
     parser.add_argument("--every_check", action="store_true", help="go on after the first proof")
     args = parser.parse_args(argv[:at])
-    if args.json and (not args.json.parent.is_dir() or os.path.lexists(args.json)):
-        raise BadInput(f"{args.json}: give a new file in a folder that exists")
     args.dice = secrets.randbits(32) if args.dice is None else args.dice
     return args, argv[at + 1 :]
 

@@ -47,7 +47,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from records.tools import logs, stats
-from records.tools.command import BadInput, Parser, command, need, number_in, write_json
+from records.tools.command import BadInput, Parser, command, need, new_file, number_in, write_json
 from records.tools.runs import Failed, Interrupted, Result, interruptible, machine, train
 
 MAX_LOST = 2  # rounds in a row, each tried twice
@@ -429,7 +429,7 @@ def make_parser() -> Parser:
         help="no new round that would end later",
     )
     add("--out", type=Path, metavar="DIR", help="new folder for the logs (logs/race_<date>)")
-    add("--json", type=Path, metavar="FILE", help="the result (DIR/race.json)")
+    add("--json", type=new_file, metavar="FILE", help="the result (DIR/race.json)")
     return parser
 
 
@@ -455,8 +455,6 @@ def parse_args(argv):
             )
     args.processes = positive("NPROC", 1)
     args.threads = args.threads or positive("OMP_NUM_THREADS", 1)
-    if args.json and (not args.json.parent.is_dir() or os.path.lexists(args.json)):
-        raise BadInput(f"{args.json}: give a new file in a folder that exists")
     need("scipy")
     args.out = new_folder(args.out)
     return entries, args, flags

@@ -196,6 +196,8 @@ def check_numbers(run: Run) -> list[str]:
         found.equal("train_time of the last line and of the result", ms, time, 1.0)
     found.equal("planned steps and the result's steps", run.planned, result.get("steps"))
     found.equal("steps of config and result", config.get("steps"), result.get("steps"))
+    if time is not None and time <= 0:
+        found.reasons.append(f"train_time_ms is {time:g}: no clock shows that")
     if steps and time is not None:
         average, rounding = result.get("step_avg_ms"), 0.006 + 0.6 / steps
         found.equal("step_avg_ms and train_time_ms over steps", average, time / steps, rounding)
@@ -295,9 +297,21 @@ def check_track(run: Run, track: str) -> list[str]:
             given = printable(config.get(key), 20)
             reasons.append(f"has {key} {given}; track {track} demands {wanted}")
     reasons += check_machine(run, track) + check_data(run, track)
+    if track == "memory":
+        reasons += check_memory(run.result or {})
     if not rules.resumed and (run.resumed or (run.result or {}).get("resumed")):
         reasons.append(f"was resumed from a checkpoint; track {track} demands uninterrupted runs")
     return reasons
+
+
+def check_memory(result: dict) -> list[str]:
+    """That the peak holds at least the optimizer's state, and a byte of each parameter."""
+    parts = [number(result.get(key)) for key in ("optimizer_state_bytes", "param_count")]
+    peak, least = number(result.get("peak_memory_bytes")), sum(part or 0 for part in parts)
+    if peak is None or None in parts or peak < max(1, least):
+        given = printable(result.get("peak_memory_bytes"), 40)
+        return [f"peak_memory_bytes {given} do not hold its parameters and optimizer state"]
+    return []
 
 
 def check_machine(run: Run, track: str) -> list[str]:
@@ -320,7 +334,8 @@ def check_data(run: Run, track: str) -> list[str]:
     rules, reasons, data = TRACKS[track], [], run.data or {}
     for name, sha in data.items():
         shown = printable(name, 60)
-        if not name.startswith(rules.data) or not rules.other_files and name not in rules.files:
+        kind = name.startswith((f"{rules.data}_train_", f"{rules.data}_val_"))
+        if not kind or not rules.other_files and name not in rules.files:
             reasons.append(f"used {shown}; track {track} demands {rules.data} shards")
         elif sha is None:
             reasons.append(f"used {shown} unchecked: no manifest.json stood beside it")
