@@ -621,7 +621,8 @@ def loss_weights_at(step, c):
 def candidates_at(step, c):
     """Classes of the sampled softmax at update `step`; 0: all of them."""
     stage, done = stage_at(step, c)
-    return equal_part(stage.candidates, stage, done)
+    count = equal_part(stage.candidates, stage, done)
+    return count if count < c.padded_vocab else 0
 
 
 def tied_at(step, c):
@@ -1855,7 +1856,8 @@ class GPT2026(GPT):
     def prepare_targets(self, targets, step, row, rows):
         (targets,) = targets  # one row at a time
         weights, prefix = loss_weights_at(step, self.config)
-        columns = [np.append(targets[ahead:], [-1] * ahead) for ahead in range(len(weights))]
+        pad = functools.partial(np.pad, constant_values=-1)
+        columns = [pad(targets[n:], (0, n)) for n in range(len(weights))]
         columns += [self.prefixes[targets]] if prefix else []
         goals, count = np.stack(columns, 1), candidates_at(step, self.config)
         classes = self.candidates.draw(targets, count, row, rows) if count else None
