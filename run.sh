@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Finds a Python. data/environment.py sets it up, data/launch.py gets the data and starts training.
+# Finds a Python. setup/environment.py sets it up, setup/launch.py gets the data and starts training.
 set -eu
 cd "$(dirname "$0")"
 if [ "${1-} ${2-}" = "help " ]; then
     cat <<'HELP'
 ./run.sh [--flag value ...]   set up, get the data, train: gpt2_small on all GPUs, laptop without one
+./run.sh setup                set up, no more
+./run.sh fetch [--flag ...]   set up and get the data of such a run, no more
 ./run.sh test [pytest flags]  set up and run the tests
 ./run.sh help                 this text; ./run.sh --help lists the flags of train_gpt.py
 
@@ -22,7 +24,7 @@ HELP
 fi
 for python in "${PYTHON:-python3}" python python3.13 python3.12 python3.11 .venv/bin/python; do
     new=$("$python" -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null | tail -n 1)
-    [ "$new" != True ] || exec "$python" data/environment.py "$@"
+    [ "$new" != True ] || exec "$python" setup/environment.py "$@"
     [ -z "${PYTHON-}" ] || break
 done
 echo "run.sh: ${PYTHON:-python3} does not run as Python 3.11 or newer;" \

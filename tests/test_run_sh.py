@@ -1,6 +1,6 @@
-"""run.sh and data/environment.py: which Python they use, what they install, what they leave alone.
+"""run.sh and setup/environment.py: which Python they use, what they install, what they leave alone.
 
-Stand-ins on PYTHONPATH take the place of venv, pip and pytest, and of data/launch.py: they write
+Stand-ins on PYTHONPATH take the place of venv, pip and pytest, and of setup/launch.py: they write
 down how they were called. The Python is real: a virtual environment whose packages are bare
 metadata.
 """
@@ -11,11 +11,14 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import venv
 from pathlib import Path
 
 import pytest
+
+from setup import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENTS = ["requirements.txt", "tests/requirements.txt", "records/requirements.txt"]
@@ -71,6 +74,8 @@ if not Path(sys.prefix, "has_pip").exists():
     sys.exit(1)
 if "--version" in sys.argv:
     sys.exit()
+if os.environ.get("PIP_USER") == "1" or "PIP_TARGET" in os.environ:
+    sys.exit("not into the virtual environment")
 note("pip", *sys.argv[1:])
 time.sleep(float(os.environ.get("PIP_SECONDS", 0)))
 if os.environ.get("PIP_EXIT"):
@@ -92,10 +97,10 @@ class Checkout:
         self.base = folder / "base"
         self.stand_ins = folder / "stand_ins"
         self.notes = folder / "calls"
-        for name in ("run.sh", "data/environment.py", *REQUIREMENTS):
+        for name in ("run.sh", "setup/environment.py", *REQUIREMENTS):
             (self.here / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.here / name)
-        (self.here / "data" / "launch.py").write_text(LAUNCH)
+        (self.here / "setup" / "launch.py").write_text(LAUNCH)
         self.stand_ins.mkdir()
         for name, text in dict(stand_ins=NOTE, venv=VENV, pip=PIP, pytest=PYTEST).items():
             (self.stand_ins / f"{name}.py").write_text(text)
@@ -227,6 +232,63 @@ def test_venv_is_made_once(checkout):
     checkout.check_launched(prefix=checkout.venv)
 
 
+def test_set_up_and_no_more(checkout):
+    code, out, _ = checkout.run("setup")
+    assert code == 0 and checkout.names() == ["venv", "pip"]
+    assert out == f"set up: {checkout.venv}/bin/python\n"
+
+
+def test_pips_own_settings_do_not_lead_out_of_the_venv(checkout):
+    assert checkout.run(PIP_USER="1", PIP_TARGET="/elsewhere")[0] == 7
+    assert checkout.names() == ["venv", "pip", "launch"]
+
+
+@pytest.mark.parametrize(
+    "version, index, refused",
+    [("550.54.15", "", True), ("580.65.06", "", False), ("550.54.15", "another", False)],
+)
+def test_an_old_driver_is_named_before_torch_is_fetched(
+    tmp_path, monkeypatch, capsys, version, index, refused
+):
+    monkeypatch.setattr(environment, "DRIVER", tmp_path / "version")
+    environment.DRIVER.write_text(f"{version}\n")
+    monkeypatch.setenv("PIP_EXTRA_INDEX_URL", index)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if not refused:
+        return environment.check_driver()
+    with pytest.raises(SystemExit) as stopped:
+        environment.check_driver()
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.count("\n") == 1 and f"is {version}" in err
+
+
+@pytest.mark.parametrize(
+    "groups, files, cores",
+    [
+        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 0),
+        ("1:cpu:/x\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+        ("1:cpu:/x\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+    ],
+)
+def test_cores_that_control_groups_allow(tmp_path, groups, files, cores):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "groups").write_text(groups)
+    found = min(environment.quotas(tmp_path, tmp_path / "groups"))
+    assert found == (sys.maxsize if cores is None else cores)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs sched_setaffinity")
+def test_cores_that_affinity_allows():
+    code = "from setup import environment; print(environment.usable_cores())"
+    one = f"import os; os.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}}); {code}"
+    done = subprocess.run([sys.executable, "-c", one], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
 def test_venv_follows_the_requirements(checkout):
     checkout.run()
     (checkout.here / "requirements.txt").open("a").write("extra==1\n")
@@ -300,7 +362,7 @@ def test_test_command(checkout):
     for name in REQUIREMENTS:
         assert name in checkout.calls()[1]
     checkout.run("test", "-k", "muon")
-    spread = ["-n", str(os.cpu_count() + 1), "--dist", "worksteal"]
+    spread = ["-n", str(environment.usable_cores() + 1), "--dist", "worksteal"]
     assert checkout.calls() == [["pytest", str(checkout.venv), "-q", *spread, "-k", "muon"]]
     checkout.check_launched(prefix=checkout.venv)  # it has what training needs
 

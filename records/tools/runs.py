@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.launch import MALLOC
+from setup.launch import MALLOC
 
 GRACE = 15  # seconds between SIGTERM and SIGKILL
 POLL = 0.01  # seconds between two looks at the log

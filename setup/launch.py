@@ -1,6 +1,7 @@
 """Gets the data of a run, checks it, and starts training: run.sh hands over to this.
 
-    python data/launch.py [--flag value ...]     the flags are train_gpt.py's
+    python setup/launch.py [--flag value ...]           the flags are train_gpt.py's
+    python setup/launch.py fetch [--flag value ...]     gets the data of such a run, no more
 
 One process for each GPU, or a single one; several are started and watched by torchrun. The
 environment (NPROC, NNODES, ...) is described by ./run.sh help. Exit code: the trainer's own, that
@@ -8,10 +9,12 @@ of the process that failed first where there are several; 128 + n when signal n 
 what only the user can mend.
 """
 
+import glob
 import logging
 import math
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data import check, fineweb, laptop, shards
 from data.shards import BadInput
+from setup.environment import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 FINEWEB_SHARD = 10**8  # tokens
@@ -34,6 +38,41 @@ MALLOC = {
 SAVING = 600  # seconds that processes may take to save and leave after a signal
 # Failures within so many seconds are one event: a collective fails where a peer has died.
 AT_ONCE = 5
+# What a cluster's or another torchrun's environment says of processes that are not ours
+FOREIGN = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# A small sum on every card: one that is only counted may still be of no use.
+PROBE = """
+import torch
+for card in range(torch.cuda.device_count()):
+    torch.ones(1, device=f"cuda:{card}").sum().item()
+print(torch.__version__, torch.cuda.device_count())
+"""
+
+
+def usable_gpus() -> int:
+    """How many GPUs torch can use. Raises BadInput where the machine has cards that it cannot."""
+    import torch
+
+    cards = glob.glob("/dev/nvidia[0-9]*")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if hidden or not (cards or torch.cuda.is_available()):
+        if not hidden and glob.glob("/proc/driver/nvidia/gpus/*"):
+            print("this machine has GPUs, but this container has none: docker run --gpus all")
+        return 0
+    # in a process of its own, which gives back the memory that a card's first use takes
+    done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1][:200]
+    else:
+        version, count = done.stdout.split()[-2:]
+        if count != "0":
+            return int(count)
+        why = f"torch {version} finds none"
+        why += "" if torch.version.cuda or torch.version.hip else ": it is built without CUDA"
+    raise BadInput(
+        f"this machine has GPUs, but torch cannot use them ({why}); mend the driver or torch, or "
+        "train on the CPU with --device cpu --preset laptop"
+    )
 
 
 def whole_number(name: str, default: int, least: int, most: int) -> int:
@@ -73,7 +112,8 @@ def rendezvous() -> list[str]:
         return []
     nodes = whole_number("NNODES", 1, 1, 99_999)
     if nodes == 1:
-        return ["--standalone"]
+        # without an address torchrun looks for this machine's full name, which may lead nowhere
+        return ["--standalone", "--local_addr=127.0.0.1"]
     address = os.environ.get("MASTER_ADDR")
     if not address or not os.environ.get("NODE_RANK"):
         raise BadInput(f"NNODES={nodes} needs NODE_RANK and MASTER_ADDR as well")
@@ -82,6 +122,37 @@ def rendezvous() -> list[str]:
     print(f"machine {rank} of {nodes}; they meet at {address}:{port}", flush=True)
     where = [f"--master_addr={address}", f"--master_port={port}"]
     return [f"--nnodes={nodes}", f"--node_rank={rank}", *where]
+
+
+def count_processes(config, gpus: int) -> int:
+    """How many processes this machine starts. Raises BadInput for a number that cannot share a
+    batch evenly, with those that can.
+    """
+    batches = {tokens // config.seq_len for tokens in config.batch_tokens}
+    most = gpus or min(batches)  # a process needs a row
+    wanted = whole_number("NPROC", gpus or 1, 1, most)
+    nodes = os.environ.get("PET_NNODES") or os.environ.get("NNODES") or "1"
+    nodes = int(nodes) if nodes.isdecimal() else 1  # torchrun takes a range, too
+    rows = sorted(batches | {config.val_tokens // config.val_len})
+    if math.gcd(*rows) % (nodes * wanted):
+        fine = [n for n in range(1, most + 1) if math.gcd(*rows) % (nodes * n) == 0]
+        raise BadInput(
+            f"{nodes * wanted} processes do not divide batches of {', '.join(map(str, rows))} rows;"
+            f" set NPROC to {' or '.join(map(str, fine)) or 'another number with fewer machines'}"
+        )
+    return wanted
+
+
+def leave_cluster():
+    """Forgets another launcher's processes, which the trainer would wait for: ours are our own."""
+    if os.environ.get("RANK") or os.environ.get("WORLD_SIZE"):
+        print(
+            "RANK and WORLD_SIZE are not used: run.sh starts its own processes (./run.sh help)",
+            flush=True,
+        )
+    for name in [*os.environ]:
+        if name in FOREIGN or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
 
 
 def root_cause(failures: dict):
@@ -129,8 +200,10 @@ def torchrun(flags: list[str], argv: list[str]) -> int:
 
     logging.disable(logging.ERROR)  # its long report: the one line comes from here
     os.environ.setdefault("PET_SHUTDOWN_TIMEOUT", str(SAVING))
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # as under nohup
-        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")
+    heard = ["SIGTERM", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"]  # the last two: Slurm's warning
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        heard.append("SIGHUP")
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", ",".join(heard))
     try:
         run.run(run.parse_args([*flags, "train_gpt.py", *argv]))
     except SignalException as stopped:
@@ -143,43 +216,53 @@ def torchrun(flags: list[str], argv: list[str]) -> int:
     return 0
 
 
+def read_config(argv: list[str]):
+    """(the run's config, number of its GPUs). Raises BadInput as usable_gpus() does, and UserError.
+
+    The preset is the trainer's choice: gpt2_small where there are GPUs, else laptop.
+    """
+    import train_gpt
+
+    try:
+        gpus = usable_gpus()
+    except BadInput:
+        if train_gpt.parse_config(argv, "laptop").device != "cpu":
+            raise
+        gpus = 0
+    config = train_gpt.parse_config(argv, "gpt2_small" if gpus else "laptop")
+    return config, 0 if config.device == "cpu" else gpus
+
+
 @shards.tool
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     os.chdir(ROOT)  # relative paths start there
     sys.argv[0] = "train_gpt.py"  # what --help and errors of flags name
+    fetch_only = argv[:1] == ["fetch"]
+    argv = argv[fetch_only:]
     try:
-        import torch
+        import train_gpt
     except (ImportError, OSError) as error:
         raise BadInput(f"torch cannot be imported ({error}); install it again") from None
-    import train_gpt
-
-    gpus = torch.cuda.device_count()
     try:
-        config = train_gpt.parse_config(argv, "gpt2_small" if gpus else "laptop")
+        config, gpus = read_config(argv)
     except train_gpt.UserError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
-    if config.device == "cpu":
-        gpus = 0
-    most = gpus or min(config.batch_tokens) // config.seq_len  # a process needs a row
-    processes = whole_number("NPROC", gpus or 1, 1, most)
-    flags = rendezvous()
-    if config.generate:
-        processes = 1
-        flags = ["--standalone"]
-    else:
+    processes, flags = 1, []
+    if not config.generate:
+        processes, flags = count_processes(config, gpus), rendezvous()
         code = bring_data(config, train_gpt.PRESETS)
-        if code:
+        if code or fetch_only:
             return code
-
+    leave_cluster()
     if not gpus:
         os.environ.update({name: os.environ.get(name) or MALLOC[name] for name in MALLOC})
     sys.stdout.flush()
-    if processes == 1 and flags == ["--standalone"]:
+    if processes == 1 and "--standalone" in flags or config.generate:
         os.execv(sys.executable, [sys.executable, "train_gpt.py", *argv])
     if not os.environ.get("OMP_NUM_THREADS"):
-        os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // processes))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // processes))
     return torchrun([*flags, f"--nproc_per_node={processes}"], argv)
 
 

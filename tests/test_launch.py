@@ -1,6 +1,7 @@
-"""data/launch.py: which data, how many processes, and how a run of several processes ends."""
+"""setup/launch.py: which data, how many processes, and how a run of several processes ends."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,9 +13,11 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from data import check, fineweb, laptop, launch, shards
+from data import check, fineweb, laptop, shards
+from setup import launch
 
 ROOT = Path(__file__).resolve().parents[1]
+ALONE = ["--standalone", "--local_addr=127.0.0.1"]
 
 
 class Executed(Exception):
@@ -39,8 +42,8 @@ def start(monkeypatch, capfd):
             calls.append(("exec", command[1:]))
             raise Executed
 
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+        monkeypatch.setattr(launch, "usable_gpus", lambda: gpus)
+        monkeypatch.setattr(launch, "usable_cores", lambda: 6)
         monkeypatch.setattr(laptop, "main", call("laptop", data_exit))
         monkeypatch.setattr(fineweb, "main", call("fineweb", data_exit))
         monkeypatch.setattr(check, "check_run", call("check"))
@@ -53,7 +56,8 @@ def start(monkeypatch, capfd):
             code = launch.main(list(flags))
         except Executed:
             code = None
-        return SimpleNamespace(calls=calls, code=code, err=capfd.readouterr().err, env=os.environ)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(calls=calls, code=code, out=out, err=err, env=os.environ)
 
     return start
 
@@ -83,7 +87,7 @@ def test_gpus_fetch_fineweb_and_start_a_process_each(start):
     started = start("--steps", "50", gpus=2)
     # 50 steps need 26M tokens: one shard of 100M
     assert names(started) == ["fineweb", "check", "torchrun"] and started.calls[0][1] == ["1"]
-    assert started.calls[2][1:] == (["--standalone", "--nproc_per_node=2"], ["--steps", "50"])
+    assert started.calls[2][1:] == ([*ALONE, "--nproc_per_node=2"], ["--steps", "50"])
     assert started.env["OMP_NUM_THREADS"] == "3" and "MALLOC_MMAP_MAX_" not in started.env
 
 
@@ -149,6 +153,82 @@ def test_bad_environment_is_one_line(start, environment, message):
     assert started.err.startswith(f"launch.py: {message}") and started.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "flags, gpus, environment, counts",
+    [
+        ("--preset gpt2_small", 8, dict(NPROC="3"), "1 or 2 or 4 or 8"),
+        ("--preset gpt2_small", 6, {}, "1 or 2 or 4"),
+        ("--preset gpt2_small", 8, dict(NNODES="2"), "1 or 2 or 4"),
+        ("--batch_tokens 1280 2560", 0, dict(NPROC="4"), "1 or 2"),
+    ],
+)
+def test_processes_that_do_not_divide_a_batch(start, flags, gpus, environment, counts):
+    """Refused before anything is fetched, with the numbers that do."""
+    started = start(*flags.split(), gpus=gpus, **environment)
+    assert (started.code, started.calls) == (2, []) and started.err.count("\n") == 1
+    assert started.err.endswith(f"set NPROC to {counts}\n"), started.err
+
+
+def test_another_launchers_environment_is_left_out(start):
+    cluster = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="a", MASTER_PORT="1", LOCAL_RANK="0")
+    for processes, last in ((1, "exec"), (2, "torchrun")):
+        started = start(NPROC=str(processes), TORCHELASTIC_ERROR_FILE="x", **cluster)
+        assert names(started)[-1] == last
+        assert not {*cluster, "TORCHELASTIC_ERROR_FILE"} & started.env.keys()
+        assert started.out.count("RANK and WORLD_SIZE are not used") == 1
+    assert start(MASTER_ADDR="a").out == ""
+
+
+def test_fetch_and_no_more(start):
+    started = start("fetch", "--steps", "50", gpus=8)
+    assert (started.code, names(started)) == (0, ["fineweb", "check"])
+    assert started.calls[0][1] == ["1"]
+
+
+# Cards that are there, and cards that torch can use
+
+
+@pytest.fixture
+def cards(monkeypatch, tmp_path):
+    """cards(devices, probe's stdout, probe's stderr): launch.usable_gpus on such a machine."""
+
+    def cards(devices, out="", err="", known=False, **environment):
+        found = {"/dev/nvidia[0-9]*": devices}
+        monkeypatch.setattr(launch.glob, "glob", lambda pattern: found.get(pattern, []))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: known)
+        monkeypatch.setattr(os, "environ", environment)
+        program = f"import sys; print({out!r}); sys.exit({err!r} or 0)"
+        monkeypatch.setattr(launch, "PROBE", program)
+        return launch.usable_gpus()
+
+    return cards
+
+
+def test_cards_are_counted_by_what_they_compute(cards):
+    assert cards([]) == 0
+    assert cards(["/dev/nvidia0", "/dev/nvidia1"], "2.13.0 2") == 2
+    assert cards([], "2.13.0 1", known=True) == 1  # one that is no NVIDIA card
+    assert cards(["/dev/nvidia0"], err="not asked", CUDA_VISIBLE_DEVICES="") == 0
+
+
+@pytest.mark.parametrize(
+    "out, err, why",
+    [
+        ("2.13.0+cpu 0", "", "torch 2.13.0+cpu finds none: it is built without CUDA"),
+        ("", "RuntimeError: The NVIDIA driver on your system is too old", "driver on your system"),
+    ],
+)
+def test_cards_that_torch_cannot_use(cards, monkeypatch, out, err, why):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(shards.BadInput, match=re.escape(why)):
+        cards(["/dev/nvidia0"], out, err)
+    # nothing is fetched, but a run on the CPU needs no card
+    monkeypatch.setattr(os, "execv", lambda *words: None)
+    assert launch.main(["--steps", "20"]) == 2
+    config, gpus = launch.read_config(["--device", "cpu"])
+    assert (config.preset, gpus) == ("laptop", 0)
+
+
 def test_more_processes_than_gpus_are_refused(start):
     assert "NPROC=5: must be a whole number from 1 to 4" in start(gpus=4, NPROC="5").err
     assert names(start(gpus=4, NPROC="1"))[-1] == "exec"
@@ -201,7 +281,8 @@ PRESETS = dict.fromkeys(("laptop", "gpt2_small"), SimpleNamespace(train_files="a
 def parse_config(argv, default_preset):
     return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257,
                            batch_tokens=(64,),
-                           seq_len=8, steps=4, device="cpu", generate="")
+                           seq_len=8, steps=4, device="cpu", generate="", val_tokens=64,
+                           val_len=8)
 
 def obey(number, frame):
     os.write(1, f"{signal.Signals(number).name} at rank {rank}\\n".encode())
@@ -238,13 +319,13 @@ if __name__ == "__main__":
 
 def start_two(folder: Path, what: str, *wrapper: str) -> subprocess.Popen:
     """Two processes of a stand-in for the trainer, under the real torchrun."""
-    (folder / "data").mkdir()
-    for path in (ROOT / "data").glob("*.py"):
-        shutil.copy(path, folder / "data")
+    for path in (*(ROOT / "data").glob("*.py"), *(ROOT / "setup").glob("*.py")):
+        (folder / path.parent.name).mkdir(exist_ok=True)
+        shutil.copy(path, folder / path.parent.name)
     (folder / "train_gpt.py").write_text(TRAINER)
     shards.write_shard(folder / "x.bin", [256, 1, 2])
     return subprocess.Popen(
-        [*wrapper, sys.executable, str(folder / "data" / "launch.py"), what],
+        [*wrapper, sys.executable, str(folder / "setup" / "launch.py"), what],
         env=os.environ | {"NPROC": "2", "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

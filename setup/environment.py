@@ -1,14 +1,17 @@
 """Finds or makes a Python that has what the requirements files name, and hands over to it.
 
-    python data/environment.py [--flag value ...]     then data/launch.py
-    python data/environment.py test [pytest flags]    then the tests
+    python setup/environment.py [--flag value ...]     then setup/launch.py
+    python setup/environment.py test [pytest flags]    then the tests
+    python setup/environment.py setup                  then nothing
 
 run.sh starts this with any Python from 3.11 on: nothing but the standard library is needed. The
 Python at hand is used if it has everything; else .venv, which is made where there is none. A .venv
 that was not made here, or is a link, is used if it has everything, and never changed.
 """
 
+import contextlib
 import fcntl
+import glob
 import json
 import os
 import re
@@ -23,7 +26,8 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 INSTALLED = VENV / "installed"  # only in a .venv made here: the requirements that are in it
 OLDEST_TORCH, NEWEST_TORCH = (2, 11), (2, 13)
-EXACT = {"numpy", "ruff"}  # the laptop corpus is numpy's source; another ruff formats otherwise
+OLDEST_DRIVER = 580  # of NVIDIA's, for CUDA 13, of which the pinned torch is built
+DRIVER = Path("/sys/module/nvidia/version")
 QUERY = """
 import json, sys
 from importlib.metadata import PackageNotFoundError, version
@@ -42,11 +46,43 @@ def fail(line: str):
     sys.exit(2)
 
 
-def lack(python, requirements: str, exact=EXACT) -> str:
+def usable_cores() -> int:
+    """Cores that this process may use, by its affinity and by the quota of its control groups."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, *quotas()))
+
+
+def quotas(root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")):
+    """Whole cores that each control group of this process is allowed; version 2, then 1."""
+    folders = [root / "cpu"]
+    with contextlib.suppress(OSError):
+        own = re.search(r"^0::/(.*)$", groups.read_text(), re.M)
+        folders += [root / own[1], *(root / own[1]).parents] if own else [root]
+    found = [sys.maxsize, sys.maxsize]
+    for folder in folders:
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no number, -1 no limit
+                words = " ".join((folder / name).read_text() for name in names).split()
+                quota, period = map(int, words)
+                found += [quota // period] * (quota > 0)
+    return found
+
+
+def exact_packages() -> set[str]:
+    """Packages of which no other release will do: another ruff formats otherwise, and the corpus of
+    the laptop preset is numpy's source, which nobody needs where there are GPUs.
+    """
+    return {"ruff"} if glob.glob("/dev/nvidia[0-9]*") else {"ruff", "numpy"}
+
+
+def lack(python, requirements: str, exact=None) -> str:
     """What keeps `python` from being used, in a few words; empty when nothing does.
 
     Reads the packages' metadata: importing torch takes seconds.
     """
+    exact = exact_packages() if exact is None else exact
     wanted = dict(re.findall(r"^([\w.-]+)==([^\s;#]+)", requirements, re.M))
     try:
         done = subprocess.run([python, "-c", QUERY, *wanted], capture_output=True, text=True)
@@ -94,8 +130,23 @@ def make_venv(base: str):
     )
 
 
+def check_driver():
+    """Ends before gigabytes are fetched that the driver here cannot use."""
+    elsewhere = os.environ.get("PIP_INDEX_URL") or os.environ.get("PIP_EXTRA_INDEX_URL")
+    if elsewhere or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return  # another build of torch, or no GPU wanted
+    with contextlib.suppress(OSError, ValueError):
+        version = DRIVER.read_text().strip()
+        if int(version.split(".")[0]) < OLDEST_DRIVER:
+            fail(
+                f"NVIDIA's driver here is {version}, and torch's packages need {OLDEST_DRIVER} or "
+                "newer; update it, or name a Python with a torch for it: PYTHON=python3"
+            )
+
+
 def install(base: str, files: list[str], requirements: str, why: str):
     """Brings .venv, which is ours or not there yet, up to the requirements files."""
+    check_driver()
     VENV.mkdir(exist_ok=True)
     with open(INSTALLED, "a") as lock:  # from now on it is ours
         fcntl.flock(lock, fcntl.LOCK_EX)  # another run.sh may be at it
@@ -103,6 +154,9 @@ def install(base: str, files: list[str], requirements: str, why: str):
             return
         print(f"run.sh: setting up {VENV}, a minute or more ({base} {why})", file=sys.stderr)
         INSTALLED.write_text("")
+        for name in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT"):  # would lead out of .venv
+            os.environ.pop(name, None)
+        os.environ["PIP_USER"] = "0"
         pip = [PYTHON, "-m", "pip"]
         if (
             not PYTHON.exists()
@@ -154,16 +208,19 @@ def main(argv: list[str]):
             signal.signal(number, lambda number, frame: sys.exit(128 + number))  # pip ends with us
     if argv[:1] == ["test"]:
         files = ["requirements.txt", "tests/requirements.txt", "records/requirements.txt"]
-        workers = (os.cpu_count() or 1) + 1  # one more than cores: some tests only wait
+        workers = usable_cores() + 1  # one more than cores: some tests only wait
         spread = ["-n", str(workers), "--dist", "worksteal"]
         command = ["-m", "pytest", "-q", *spread, *argv[1:]]
     else:
         files = ["requirements.txt"]
-        command = ["data/launch.py", *argv]
+        command = ["setup/launch.py", *argv]
     try:
         python = find_python(files)
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}")
+    if argv[:1] == ["setup"]:
+        print(f"set up: {python}")
+        return
     os.execvp(python, [python, *command])
 
 
