@@ -7,6 +7,7 @@ if [ "${1-} ${2-}" = "help " ]; then
 ./run.sh [--flag value ...]   set up, get the data, train: gpt2_small on all GPUs, laptop without one
 ./run.sh setup                set up, no more
 ./run.sh fetch [--flag ...]   set up and get the data of such a run, no more
+./run.sh prepare FILES... --out DIR    set up and turn your own text into token shards
 ./run.sh test [pytest flags]  set up and run the tests
 ./run.sh help                 this text; ./run.sh --help lists the flags of train_gpt.py
 

@@ -49,6 +49,9 @@ def tool(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         name = Path(main.__code__.co_filename).name
+        for stream in (sys.stdout, sys.stderr):  # one that cannot show a letter shows its number
+            with contextlib.suppress(AttributeError):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv) or 0
         except BadInput as error:
@@ -161,6 +164,8 @@ class ShardFile:
         self.count += len(tokens)
 
     def close(self):
+        if self.file.closed:
+            return
         if self.count > MAX_TOKENS:
             raise BadInput(
                 f"{self.path.name}: {self.count} tokens, but a shard holds at most {MAX_TOKENS}; "

@@ -3,6 +3,7 @@
     python setup/environment.py [--flag value ...]     then setup/launch.py
     python setup/environment.py test [pytest flags]    then the tests
     python setup/environment.py setup                  then nothing
+    python setup/environment.py prepare FILES ...      then data/prepare.py
 
 run.sh starts this with any Python from 3.11 on: nothing but the standard library is needed. The
 Python at hand is used if it has everything; else .venv, which is made where there is none. A .venv
@@ -211,6 +212,9 @@ def main(argv: list[str]):
         workers = usable_cores() + 1  # one more than cores: some tests only wait
         spread = ["-n", str(workers), "--dist", "worksteal"]
         command = ["-m", "pytest", "-q", *spread, *argv[1:]]
+    elif argv[:1] == ["prepare"]:
+        files = ["requirements.txt"]
+        command = ["data/prepare.py", *argv[1:]]
     else:
         files = ["requirements.txt"]
         command = ["setup/launch.py", *argv]
