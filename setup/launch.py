@@ -35,6 +35,9 @@ MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     "MALLOC_TOP_PAD_": str(2**28),
 }
+# Threads that wait for each other sleep. Where they spin, which is the default, a step takes ten
+# times as long as soon as another program runs on the same cores.
+SLEEP = {"OMP_WAIT_POLICY": "PASSIVE"}
 SAVING = 600  # seconds that processes may take to save and leave after a signal
 # Failures within so many seconds are one event: a collective fails where a peer has died.
 AT_ONCE = 5
@@ -216,6 +219,17 @@ def torchrun(flags: list[str], argv: list[str]) -> int:
     return 0
 
 
+def set_threads(processes: int, on_cpu: bool):
+    """What the C libraries of a process are told, unless the user has told them something."""
+    import torch
+
+    wanted = MALLOC | SLEEP if on_cpu else {}
+    threads = min(torch.get_num_threads(), usable_cores())
+    if processes > 1 or threads < torch.get_num_threads():  # a quota that torch does not know
+        wanted["OMP_NUM_THREADS"] = str(max(1, threads // processes))
+    os.environ.update({name: os.environ.get(name) or wanted[name] for name in wanted})
+
+
 def read_config(argv: list[str]):
     """(the run's config, number of its GPUs). Raises BadInput as usable_gpus() does, and UserError.
 
@@ -256,13 +270,10 @@ def main(argv=None):
         if code or fetch_only:
             return code
     leave_cluster()
-    if not gpus:
-        os.environ.update({name: os.environ.get(name) or MALLOC[name] for name in MALLOC})
+    set_threads(processes, on_cpu=not gpus)
     sys.stdout.flush()
     if processes == 1 and "--standalone" in flags or config.generate:
         os.execv(sys.executable, [sys.executable, "train_gpt.py", *argv])
-    if not os.environ.get("OMP_NUM_THREADS"):
-        os.environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() // processes))
     return torchrun([*flags, f"--nproc_per_node={processes}"], argv)
 
 

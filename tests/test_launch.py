@@ -32,7 +32,7 @@ def start(monkeypatch, capfd):
     ("exec", command) or ("torchrun", its flags, the trainer's), the exit code, and stderr.
     """
 
-    def start(*flags, gpus=0, data_exit=0, **environment):
+    def start(*flags, gpus=0, cores=8, data_exit=0, **environment):
         calls = []
 
         def call(name, result=0):
@@ -43,7 +43,8 @@ def start(monkeypatch, capfd):
             raise Executed
 
         monkeypatch.setattr(launch, "usable_gpus", lambda: gpus)
-        monkeypatch.setattr(launch, "usable_cores", lambda: 6)
+        monkeypatch.setattr(launch, "usable_cores", lambda: cores)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
         monkeypatch.setattr(laptop, "main", call("laptop", data_exit))
         monkeypatch.setattr(fineweb, "main", call("fineweb", data_exit))
         monkeypatch.setattr(check, "check_run", call("check"))
@@ -75,10 +76,18 @@ def test_a_cpu_builds_the_laptop_corpus_and_becomes_the_trainer(start):
     assert exec_call == ("exec", ["train_gpt.py", "--steps", "50", "--log_dir", "two words"])
     assert Path.cwd() == ROOT  # wherever it was started from: the globs are relative
     assert started.env["MALLOC_MMAP_MAX_"] == "0" and "OMP_NUM_THREADS" not in started.env
+    assert started.env["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_threads_are_no_more_than_a_quota_allows(start):
+    assert start(cores=2).env["OMP_NUM_THREADS"] == "2"
+    assert start(cores=2, NPROC="2").env["OMP_NUM_THREADS"] == "1"
+    assert start(cores=1, NPROC="2").env["OMP_NUM_THREADS"] == "1"
 
 
 def test_values_that_the_user_has_set_stay(start):
-    started = start(MALLOC_TOP_PAD_="7", OMP_NUM_THREADS="5", NPROC="2")
+    started = start(MALLOC_TOP_PAD_="7", OMP_NUM_THREADS="5", NPROC="2", OMP_WAIT_POLICY="ACTIVE")
+    assert started.env["OMP_WAIT_POLICY"] == "ACTIVE"
     assert started.env["MALLOC_TOP_PAD_"] == "7" and started.env["MALLOC_MMAP_MAX_"] == "0"
     assert started.env["OMP_NUM_THREADS"] == "5"
 
