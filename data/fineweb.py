@@ -9,7 +9,7 @@ recipe.
 The hub's revision is resolved once and written to manifest.json beside the shards with each file's
 sha256; later calls keep to it. A file gets its own name only after its sha256 and its header have
 been checked. Files that are whole are not fetched again, and when all are, the network is not
-touched. HF_ENDPOINT names another hub.
+touched. HF_ENDPOINT names another hub, HF_TOKEN is sent where it is set.
 """
 
 import concurrent.futures
@@ -27,6 +27,8 @@ from data.shards import BadInput
 
 REPOS = {"10B": "kjj0/fineweb10B-gpt2", "100B": "kjj0/fineweb100B-gpt2"}
 TIMEOUT = 30  # seconds without a byte before a request counts as failed
+MAY_PASS = {408, 425, 429}  # of the statuses from 400 to 499
+LONGEST_WAIT = 900  # seconds, whatever the hub asks for
 STAGING = ".fetching"  # downloads lie in here until they are checked
 
 
@@ -92,43 +94,48 @@ class Hub:
             huggingface_hub.utils.disable_progress_bars()
 
     def attempt(self, what: str, call):
-        """call(), again after a pause when it fails in a way that may pass: 0.5 s, 1 s, 2 s … up to
-        30 s.
+        """call(), again after a pause when it fails in a way that may pass: as long as the hub asks
+        for, else 0.5 s, 1 s, 2 s ... up to 30 s.
         """
-        errors = self.lib.errors
         for failures in range(1, self.retries + 2):
             try:
                 return call()
-            except (
-                errors.RepositoryNotFoundError,
-                errors.RevisionNotFoundError,
-                errors.EntryNotFoundError,
-            ) as error:
-                # an unreachable hub ends in a LocalEntryNotFoundError
-                if not isinstance(error, errors.LocalEntryNotFoundError):
-                    raise BadInput(
-                        f"{what}: not found on the hub ({brief(error)}); "
-                        "check the name and the revision"
-                    ) from None
-                problem = error.__cause__ or error
-            except errors.OfflineModeIsEnabled:
+            except self.lib.errors.OfflineModeIsEnabled:
                 raise BadInput(f"{what}: HF_HUB_OFFLINE is set; unset it to fetch") from None
-            except OSError as error:
-                if error.errno in shards.DISK_FULL:
+            # whatever the HTTP library in use raises: its text is passed on
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in shards.DISK_FULL:
                     raise
-                problem = error
-            except (
-                Exception
-            ) as error:  # whatever the HTTP library in use raises: the text is passed on below
-                problem = error
+                # a hub that cannot be reached, or asks to wait, ends in a LocalEntryNotFoundError
+                unfound = isinstance(error, self.lib.errors.LocalEntryNotFoundError)
+                problem = error.__cause__ or error if unfound else error
+            status, asked = answer_of(problem)
+            if 400 <= status < 500 and status not in MAY_PASS:
+                raise BadInput(f"{what}: {self.refusal(problem, status)}") from None
             if failures <= self.retries:
-                pause = min(0.5 * 2 ** (failures - 1), 30)
+                pause = asked or min(0.5 * 2 ** (failures - 1), 30)
                 print(f"{what}: {brief(problem)}; trying again in {pause:g} s", flush=True)
                 time.sleep(pause)
+        if status == 429:
+            raise BadInput(
+                f"{what}: the hub limits the rate of requests; tried {failures} times: wait some "
+                "minutes, or set HF_TOKEN to a token of yours; what is whole is kept"
+            )
         raise BadInput(
             f"{what}: {brief(problem)}; tried {failures} times: check the network (HF_ENDPOINT is "
             f"{os.environ.get('HF_ENDPOINT', 'not set')}) and start again: what is whole is kept"
         )
+
+    def refusal(self, problem: Exception, status: int) -> str:
+        """What the hub will not do however often it is asked, and what to do."""
+        if status in (401, 403):
+            token = (
+                "HF_TOKEN is set, but it" if os.environ.get("HF_TOKEN") else "no HF_TOKEN, and it"
+            )
+            return f"the hub refuses it ({status}; {token} may need one with access): check both"
+        if status == 404 or isinstance(problem, self.lib.errors.RevisionNotFoundError):
+            return f"not found on the hub ({brief(problem)}); check the name and the revision"
+        return f"the hub refuses it ({brief(problem)}); check HF_ENDPOINT and the command"
 
     def listing(self, revision: str | None) -> tuple[str, dict[str, tuple[str, int]]]:
         """(full revision, {file name: (sha256, bytes)}) of the repository's large files."""
@@ -165,6 +172,14 @@ class Hub:
             return path
 
         return self.attempt(name, download)
+
+
+def answer_of(error: Exception) -> tuple[int, int]:
+    """(HTTP status, seconds that the hub asks to wait) of an error; 0 where it has none."""
+    response = getattr(error, "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    wait = min(int(asked), LONGEST_WAIT) if asked.isdecimal() else 0
+    return getattr(response, "status_code", 0), wait
 
 
 def brief(error: Exception) -> str:

@@ -48,7 +48,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         hub.asked[kind, name] += 1
         fault = hub.fault(kind, name, hub.asked[kind, name])
         if isinstance(fault, int):
-            self.answer(fault, {}, b"")
+            self.answer(fault, {"Retry-After": hub.wait} if hub.wait else {}, b"")
         elif is_info:
             self.send_info(parts[parts.index("revision") + 1] if "revision" in parts else "main")
         else:
@@ -111,6 +111,7 @@ class Hub:
         self.head = REVISION
         self.fault = lambda *_: None
         self.asked = collections.Counter()
+        self.wait = None  # what a fault's Retry-After says
         self.revisions = set()
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.hub = self
@@ -242,6 +243,30 @@ def test_bad_answers_are_asked_again(hub, tmp_path):
     assert hub.asked["GET", VAL] == 3 and hub.asked["GET", TRAIN.format(1)] == 2
     assert hub.asked["GET", TRAIN.format(2)] == 2 and hub.asked["info", ""] == 2
     assert "sha256" in result.stdout and "503" in result.stdout and "trying again" in result.stdout
+
+
+def test_a_rate_limit_is_waited_for_then_named(hub, tmp_path):
+    """The hub's own pause, not ours: 2 s where the first pauses of ours are 0.5 s and 1 s."""
+    hub.wait = "2"
+    hub.fault = lambda kind, name, times: 429 if kind == "info" and times <= 2 else None
+    start = time.monotonic()
+    result = fetch(hub.url, tmp_path / "shards", 0)
+    assert result.returncode == 0 and "trying again in 2 s" in result.stdout, result
+    assert time.monotonic() - start > 2
+    hub.wait = "0"
+    hub.fault = lambda kind, name, times: 429 if kind == "info" else None
+    result = fetch(hub.url, tmp_path / "other", 0, "--retries", 1)
+    assert_one_line(result, "limits the rate of requests; tried 2 times", "HF_TOKEN")
+
+
+@pytest.mark.parametrize("kind, status", [("info", 401), ("info", 403), ("HEAD", 403)])
+def test_what_the_hub_refuses_for_good_is_not_asked_for_again(hub, tmp_path, kind, status):
+    hub.fault = lambda asked, name, times: status if asked == kind else None
+    result = fetch(hub.url, tmp_path / "shards", 0)
+    assert_one_line(result, f"the hub refuses it ({status}; ", "HF_TOKEN")
+    # the library itself asks for the listing twice
+    assert sum(hub.asked[key] for key in hub.asked if key[0] == kind) == 1 + (kind == "info")
+    assert "network" not in result.stderr and "trying again" not in result.stdout
 
 
 def test_an_always_corrupt_file_never_gets_its_name(hub, tmp_path):

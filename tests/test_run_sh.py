@@ -387,6 +387,20 @@ def test_git_ignores_a_venv_that_is_a_link(tmp_path):
     assert done.returncode == 0
 
 
+def test_a_clone_has_the_line_ends_of_the_repository(tmp_path):
+    """Also where git is told to convert them: bash reads no others, and sha256 would change."""
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    git = ["git", "-c", "core.autocrlf=true", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q", origin], check=True)
+    for name in (".gitattributes", "run.sh", "train_gpt.py"):
+        shutil.copy(ROOT / name, origin)
+    subprocess.run([*git, "-C", origin, "add", "."], check=True, capture_output=True)
+    subprocess.run([*git, "-C", origin, "commit", "-qm", "all"], check=True)
+    subprocess.run([*git, "clone", "-q", origin, clone], check=True)
+    for name in ("run.sh", "train_gpt.py"):
+        assert (clone / name).read_bytes() == (ROOT / name).read_bytes()
+
+
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_shellcheck():
     scripts = [ROOT / "run.sh", ROOT / ".ci" / "run"]
