@@ -12,6 +12,7 @@ import collections
 import glob
 import hashlib
 import itertools
+import os
 import re
 import sys
 from pathlib import Path
@@ -128,7 +129,7 @@ def check_run(patterns: list[str], vocab_size: int):
     Raises BadInput for the first fault.
     """
     folders = collections.defaultdict(list)
-    for name in sorted({name for pattern in patterns for name in glob.glob(pattern)}):
+    for name in sorted({name for p in patterns for name in glob.glob(os.path.expanduser(p))}):
         folders[Path(name).parent].append(Path(name))
     for folder, paths in folders.items():
         for path in paths:

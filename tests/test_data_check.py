@@ -229,3 +229,9 @@ def test_a_folder_that_cannot_be_written_to_is_checked_all_the_same(hashed, monk
     monkeypatch.setattr(shards, "write_manifest", refuse)
     check_run(folder)
     assert len(seen) == 3 and "Read-only file system" in capsys.readouterr().out
+
+
+def test_a_run_may_name_its_shards_by_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    with pytest.raises(shards.BadInput, match="holds token 256"):
+        check.check_run(["~/x_train_*.bin"], 200)
