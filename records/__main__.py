@@ -19,6 +19,7 @@ VERBS = {
     "submit": "make a record folder from logs",
     "board": "write the leaderboards from the record folders",
     "plot": "draw validation loss over time and tokens",
+    "runs": "one table of training runs",
     "parity": "compare the model with public trainers, weight by weight",
     "preflight": "what an edit costs on a GPU that is not here: compilation, memory, waits",
 }
@@ -47,7 +48,7 @@ def main(argv: list[str]) -> int:
         known = ", ".join(VERBS | MEASUREMENTS)
         print(f"records: no verb {verb!r}; choose one of {known}", file=sys.stderr)
         return 2
-    name = f"records.tools.{verb}"
+    name = f"records.tools.{'runs_table' if verb == 'runs' else verb}"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
