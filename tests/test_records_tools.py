@@ -333,7 +333,9 @@ def test_plot(tmp_path, capsys):
     assert list(lines[5].get_xdata()) == [0, 10240, 20480, 30720, 40960]
     assert lines[5].get_ydata()[-1] == pytest.approx(1.4922)
     names = [text.get_text() for text in axes[1].texts]
-    assert names == ["target 1.5", "ours  1.4922 ± 0.0017 (5)"]
+    assert names == ["target 1.5", "ours  1.4922\xa0±\xa00.0017\xa0(5)"]
+    ticks = axes[1].xaxis.get_major_formatter()
+    assert [ticks(value) for value in (0, 40960, 2.5e6)] == ["0", "40.96k", "2.5M"]
     low, high = axes[0].get_ylim()
     assert low < 1.49 and 4.0 < high < 5.5  # the first loss of 5.5 is cropped
     for name in ("out.png", "out.pdf"):
@@ -371,6 +373,39 @@ def test_a_run_that_diverged_is_left_out(tmp_path, capsys):
     assert plot.main([str(tmp_path), "-o", out]) == 0
     said = capsys.readouterr().out
     assert "bad.txt: left out, its loss is not finite" in said and "1 run in 1 curve" in said
+
+
+def test_long_names_are_inside_the_picture(tmp_path, recwarn):
+    """Wrapped, without a warning of the layout, and not over each other."""
+    for i in range(8):
+        config = dict(lr_muon=i / 7, window=[i] * 4, train_files=f"some/long/path/number_{i}.bin")
+        write(tmp_path, f"{i}.txt", our_log(loss=1.4 + i / 1000, config=config))
+    picture = plot.figure(plot.load([str(tmp_path)]), ["time", "tokens"])
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
+
+    canvas = FigureCanvasAgg(picture)
+    canvas.draw()
+    where = canvas.get_renderer()  # of the names alone, without the lines to them
+    boxes = [Text.get_window_extent(text, where) for text in picture.axes[-1].texts]
+    wide, high = picture.bbox.width, picture.bbox.height
+    assert len(boxes) == 8 and not recwarn.list
+    for box in boxes:
+        assert 0 <= box.x0 and box.x1 <= wide and 0 <= box.y0 and box.y1 <= high
+    boxes.sort(key=lambda box: box.y0)
+    assert all(one.y1 <= other.y0 + 1 for one, other in zip(boxes, boxes[1:], strict=False))
+
+
+def test_a_races_curves_are_called_by_their_scripts(tmp_path):
+    for i, letter in enumerate("ABAB"):
+        folder = tmp_path / f"round00{i}_{letter}_seed{i}"
+        folder.mkdir()
+        config = dict(lr_muon=0.1 if letter == "B" else 0.2)
+        write(folder, "a.txt", our_log(seed=i, config=config))
+    assert [curve.label for curve in plot.load([str(tmp_path)])] == ["A", "B"]
+    names = dict(reference="records/laptop/old", candidate="idea.py")
+    (tmp_path / "race.json").write_text(json.dumps(names))
+    assert [curve.label for curve in plot.load([str(tmp_path)])] == ["old", "idea.py"]
 
 
 def test_at_most_eight_colours(tmp_path):

@@ -11,6 +11,8 @@ have colours and names, others are grey.
 import io
 import json
 import os
+import re
+import textwrap
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -34,7 +36,10 @@ GREY = "#c4c4c4"
 FORMATS = (".png", ".svg", ".pdf")
 SMOOTH = 0.15  # of a run: the width of the mean that smooths its training loss
 OPENING = 0.08  # of a run, whose losses would flatten all the rest: beyond the picture's upper edge
-LINE = 0.04  # of a panel's height, for a name
+LINE = 0.035  # of a panel's height, for a line of a name
+LETTERS = 44  # of a name, in a line
+LETTER = 0.058  # inches that a letter takes
+ROUND = re.compile(r"round\d+_([A-Z])_seed\d+")  # a run's folder in a race's
 NAMES = {"time": "train time (s)", "tokens": "tokens", "steps": "step (no batch size in the logs)"}
 
 
@@ -62,10 +67,26 @@ def load(paths) -> list[Curve]:
         for name in names:
             add(curves, os.path.join(folder, name), os.path.basename(os.path.abspath(folder)))
     for path in named + found:
-        add(curves, path, os.path.basename(os.path.dirname(os.path.abspath(path))))
+        add(curves, path, label_of(os.path.dirname(os.path.abspath(path))))
     kept = list(curves.values())
     tell_apart(kept)
     return kept
+
+
+def label_of(folder: str) -> str:
+    """A folder's name; in a race's folder that of the script which ran there."""
+    name = os.path.basename(folder)
+    found = ROUND.fullmatch(name)
+    if not found:
+        return name
+    try:
+        with open(os.path.join(os.path.dirname(folder), "race.json"), encoding="utf-8") as file:
+            race = json.load(file)
+        pairs = race.get("pairs") or [race]
+        scripts = [pairs[0]["reference"], *(pair["candidate"] for pair in pairs)]
+        return os.path.basename(scripts[ord(found[1]) - ord("A")])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return found[1]  # the race is not over
 
 
 def add(curves: dict, path: str, label: str):
@@ -159,6 +180,10 @@ def draw(axis, curves: list[Curve], x: str, train=False, target=None) -> list:
             f"target {target:g}", **place, xytext=(0, 3), textcoords="offset points", fontsize=8
         )
     axis.set_xlabel(NAMES[x])
+    if x != "time":
+        from matplotlib.ticker import EngFormatter
+
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2.5M, 10k
     axis.set_ylabel("training loss (lines), validation loss (dots)" if train else "validation loss")
     axis.grid(alpha=0.25, linewidth=0.6)
     crop(axis, curves, train, target)
@@ -182,18 +207,19 @@ def name_ends(axis, ends):
     """Each curve's name beside the panel, in its colour, at the height of its end or near it."""
     low, high = axis.get_ylim()
     heights = [(end[1] - low) / (high - low) for _, end, _ in ends]
+    texts = [name_of(curve) for curve, _, _ in ends]
     places, floor = {}, 0.0
     for i in sorted(range(len(ends)), key=heights.__getitem__):
-        places[i] = max(heights[i], floor)
-        floor = places[i] + LINE
-    over = max(0.0, floor - LINE - 1.0)
+        half = LINE * (1 + texts[i].count("\n")) / 2
+        places[i] = max(heights[i], floor + half)
+        floor = places[i] + half
+    over = max(0.0, floor - 1.0)
     right = axis.get_xlim()[1]
-    for i, (curve, end, colour) in enumerate(ends):
-        final = verify.plus_minus(verify.spread([run.val_loss for run in curve.runs]))
+    for i, (_, end, colour) in enumerate(ends):
         near = end[0] > 0.8 * right  # a line to an end far away would cross the others
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.5, "relpos": (0, 0.5)}
-        axis.annotate(
-            f"{printable(curve.label, 60)}  {final} ({len(curve.runs)})",
+        note = axis.annotate(
+            texts[i],
             end,
             xytext=(1.03, places[i] - over),
             textcoords="axes fraction",
@@ -203,6 +229,14 @@ def name_ends(axis, ends):
             annotation_clip=False,
             arrowprops=arrow if near else None,
         )
+        note.set_in_layout(False)  # the figure leaves room for it
+
+
+def name_of(curve: Curve) -> str:
+    """Label, final loss and number of runs, in lines that are short enough."""
+    final = verify.plus_minus(verify.spread([run.val_loss for run in curve.runs]))
+    numbers = f"{final} ({len(curve.runs)})".replace(" ", "\xa0")  # no line ends inside
+    return "\n".join(textwrap.wrap(f"{printable(curve.label)}  {numbers}", LETTERS))
 
 
 def figure(curves, axes, train=False, target=None, title=""):
@@ -211,7 +245,12 @@ def figure(curves, axes, train=False, target=None, title=""):
 
     if any(run.tokens(0) is None for curve in curves for run in curve.runs):
         axes = ["steps" if x == "tokens" else x for x in axes]
-    picture = Figure(figsize=(5.2 * len(axes) + 3.0, 4.8), dpi=120, layout="constrained")
+    best = sorted(curves, key=lambda curve: curve.final)[: len(COLOURS)]
+    longest = max((len(line) for c in best for line in name_of(c).split("\n")), default=0)
+    room = 0.4 + LETTER * longest
+    width = 5.2 * len(axes) + room
+    picture = Figure(figsize=(width, 4.8), dpi=120, layout="constrained")
+    picture.get_layout_engine().set(rect=(0, 0, 1 - room / width, 1))
     panels = picture.subplots(1, len(axes), squeeze=False)[0]
     for panel, x in zip(panels, axes, strict=True):
         ends = draw(panel, curves, x, train, target)
