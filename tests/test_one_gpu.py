@@ -127,6 +127,34 @@ def test_what_is_to_be_proved_are_flags_of_the_trainer(name, tmp_path):
     assert config.preset == "nov2024" or config.window != train_gpt.Config.window
 
 
+def test_one_gpu_and_all_of_them_make_the_same_updates(tmp_path, capsys, monkeypatch):
+    """One and the same flags, in one process and in eight; losses that differ are a fault."""
+    make_data(tmp_path)
+    shards = [f"--{kind}_files={tmp_path}/{kind}_*.bin" for kind in ("train", "val")]
+    argv = [*shards, "--out", str(tmp_path / "out"), "--gpus", "8"]
+    commands = []
+
+    def call(command, *rest):
+        commands.append([str(word) for word in command])
+
+    monkeypatch.setattr(prove, "call", call)
+    assert prove.main(argv) == 1  # no losses to compare
+    one, all_gpus = commands
+    assert "--nproc_per_node=8" in all_gpus and "--nproc_per_node=8" not in one
+    recipes = [c[c.index("--preset") : c.index("--log_dir")] for c in commands]
+    assert recipes[0] == recipes[1] and "gpt2_small" in recipes[0]
+    for apart, code in ((0.5, 1), (0.001, 0)):
+        found = dict.fromkeys(prove.CASES, dict(error="", losses={"1": 4.0}, result={}))
+        found[prove.ALL] = dict(error="", losses={"1": 4.0 + apart}, result={})
+        (tmp_path / "out" / "prove.json").write_text(json.dumps(found))
+        assert prove.main(argv) == code
+        assert ("FAILED" in capsys.readouterr().out) == bool(code)
+    assert prove.main([*argv[:-2], "--only", prove.ALL]) == 2
+    assert "needs --gpus" in capsys.readouterr().err
+    assert prove.main(["--train_files", "none*", "--out", str(tmp_path / "out")]) == 2
+    assert "no such shards; ./run.sh fetch" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_runs_are_compared_and_kept(tmp_path, capsys, monkeypatch):
     shards = [f"--{kind}_files={tmp_path}/{kind}_*.bin" for kind in ("train", "val")]

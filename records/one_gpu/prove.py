@@ -1,18 +1,20 @@
-"""The first ten minutes on a new GPU: does everything of the trainer run there, and compute what a
-CPU computes?
+"""On a new machine with GPUs: does everything of the trainer run there, and compute what it should?
 
-    python -m pytest -q -m gpu tests/test_gpu.py        each CUDA path, on tiny models
-    python records/one_gpu/prove.py --train_files 'x_train_*.bin' --val_files 'x_val_*.bin' \\
-        --out FOLDER [--only NAME ...]
+    ./run.sh test -n 0 -m gpu tests/test_gpu.py        each CUDA path, on tiny models
+    python records/one_gpu/prove.py --out FOLDER [--only NAME ...]
+    python records/one_gpu/prove.py --out FOLDER --gpus 8
 
-Both presets for 200 updates at full width, an eighth of their batches, compiled, through every
-stage, with checkpoints; gpt2_small again from its middle; a sample; every optional method; and 50
-updates of a small model on the GPU and on the CPU, in fp32 and in bf16. Any GPT-2 token shards
-will do. What --out holds already is kept.
+With --gpus: 50 updates of gpt2_small at its own batches, on one GPU and on all of them, no more.
+Their losses must agree: run this before a long run on several GPUs. Without it: both presets for
+200 updates at full width, an eighth of their batches, compiled, through every stage, with
+checkpoints; gpt2_small again from its middle; a sample; every optional method; and 50 updates of a
+small model on the GPU and on the CPU, in fp32 and in bf16. The shards are those that ./run.sh fetch
+gets, or --train_files and --val_files: any GPT-2 tokens. What --out holds already is kept.
 
 One line for each: what it says, val_loss, ms per update, peak memory. Exit code 0: all as wanted;
 1: not so; 2: misuse."""
 
+import glob
 import json
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ if not __package__:  # run as a script
     sys.path.insert(0, str(ROOT))
 from records.tools import logs  # noqa: E402
 from records.tools.command import BadInput, Parser, number_in, printable, write_json  # noqa: E402
-from records.tools.runs import Failed, Interrupted, call, interruptible  # noqa: E402
+from records.tools.runs import Failed, Interrupted, call, interruptible, trainer  # noqa: E402
 
 FULL = "--val_tokens 1048576 --val_every 50"
 NOV2024 = f"--preset nov2024 --steps 200 --momentum_warmup 31 --batch_tokens 65536 {FULL}"
@@ -52,8 +54,14 @@ CASES = {
     "tiny bf16": TINY,
     "tiny bf16, CPU": f"{TINY} --device cpu",
 }
+# The same updates on one GPU and on several: only where --gpus is given
+SAME = f"""--preset gpt2_small --steps 50 --extension 2 --momentum_warmup 10
+    --momentum_cooldown 2 {FULL}"""
+ONE, ALL = "one GPU", "all GPUs"
+CASES |= {ONE: SAME, ALL: SAME}
 EQUAL = {  # pairs that must have the same losses of training: to so many nats
     ("gpt2_small", "gpt2_small resumed"): 0.02,
+    (ONE, ALL): 0.02,
     ("tiny fp32", "tiny fp32, CPU"): 0.005,
     ("tiny bf16", "tiny bf16, CPU"): 0.05,
 }
@@ -81,7 +89,8 @@ def run(name: str, args) -> dict:
     """{error: what went wrong, losses: {step: train loss}, result: the log's last line}."""
     folder = args.out / name
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, ROOT / "train_gpt.py", *command_of(name, args)]
+    processes = args.gpus if name == ALL else 1
+    command = trainer(ROOT / "train_gpt.py", command_of(name, args), processes)
     found = dict(error="", losses={}, result={})
     try:
         call(command, folder / "output", args.timeout)
@@ -114,12 +123,26 @@ def unequal(one: dict, other: dict, most: float) -> str:
 
 def prove(argv) -> int:
     parser = Parser("", __doc__, prog="prove.py")
-    parser.add_argument("--train_files", required=True, metavar="GLOB")
-    parser.add_argument("--val_files", required=True, metavar="GLOB")
+    for kind in ("train", "val"):
+        shards = f"{ROOT}/data/fineweb10B/fineweb_{kind}_*.bin"
+        parser.add_argument(f"--{kind}_files", default=shards, metavar="GLOB")
+    parser.add_argument("--gpus", type=number_in(int, 2), help="compare one GPU with so many")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=[*CASES], metavar="NAME")
-    parser.add_argument("--timeout", type=number_in(float, 1), default=300, help="seconds a run")
+    parser.add_argument("--only", nargs="+", choices=CASES, metavar="NAME")
+    parser.add_argument(
+        "--timeout",
+        type=number_in(float, 1),
+        default=1800,
+        help="seconds a run, its compilation included (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
+    several = [ONE, ALL]
+    args.only = args.only or (several if args.gpus else [n for n in CASES if n not in several])
+    if ALL in args.only and not args.gpus:
+        raise BadInput(f"--only '{ALL}' needs --gpus")
+    for pattern in (args.train_files, args.val_files):
+        if not glob.glob(pattern):
+            raise BadInput(f"{pattern}: no such shards; ./run.sh fetch, or name others")
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     kept, good = args.out / "prove.json", True
