@@ -155,16 +155,20 @@ def figure(rows: int, columns: int):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    made, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+    from records.tools.plot import COLOURS  # one style for all pictures
+
+    colours = [colour for colour in COLOURS if colour != "#000000"]  # black: what they compare with
+    matplotlib.rcParams.update({"axes.prop_cycle": pyplot.cycler(color=colours), "font.size": 9})
+    size = (4.8 * columns, 3.6 * rows)
+    made, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, linewidth=0.6)
+        axis.set_axisbelow(True)
     return made, list(axes.flat)
 
 
 def save(made, name: str):
-    made.tight_layout()
-    made.savefig(HERE / name, dpi=110)
+    made.savefig(HERE / name, dpi=110, metadata={"Software": None})
 
 
 def arguments(description: str):
