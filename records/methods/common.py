@@ -158,6 +158,7 @@ def figure(rows: int, columns: int):
     from records.tools.plot import COLOURS  # one style for all pictures
 
     colours = [colour for colour in COLOURS if colour != "#000000"]  # black: what they compare with
+    colours += ["#882255", "#999933"]  # for studies of nine curves
     matplotlib.rcParams.update({"axes.prop_cycle": pyplot.cycler(color=colours), "font.size": 9})
     size = (4.8 * columns, 3.6 * rows)
     made, axes = pyplot.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
