@@ -13,9 +13,11 @@ import glob
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -76,6 +78,19 @@ def usable_gpus() -> int:
         f"this machine has GPUs, but torch cannot use them ({why}); mend the driver or torch, or "
         "train on the CPU with --device cpu --preset laptop"
     )
+
+
+def check_compiler():
+    """Raises BadInput where Triton, which torch.compile uses on GPUs, could not build its parts."""
+    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))
+    lacking = [] if any(map(shutil.which, compilers)) else ["a C compiler (gcc)"]
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking.append("Python's headers (python3-dev)")
+    if lacking:
+        raise BadInput(
+            f"torch.compile needs {' and '.join(lacking)}: apt install gcc python3-dev, "
+            "or run without it, several times slower: --no_compile"
+        )
 
 
 def whole_number(name: str, default: int, least: int, most: int) -> int:
@@ -266,6 +281,8 @@ def main(argv=None):
     processes, flags = 1, []
     if not config.generate:
         processes, flags = count_processes(config, gpus), rendezvous()
+        if gpus and config.compile is not False and not fetch_only:
+            check_compiler()
         code = bring_data(config, train_gpt.PRESETS)
         if code or fetch_only:
             return code

@@ -33,7 +33,7 @@ def start(monkeypatch, capfd):
     """
 
     def start(*flags, gpus=0, cores=8, data_exit=0, **environment):
-        calls = []
+        calls, compilers = [], []
 
         def call(name, result=0):
             return lambda *args: calls.append((name, *args)) or result
@@ -43,6 +43,7 @@ def start(monkeypatch, capfd):
             raise Executed
 
         monkeypatch.setattr(launch, "usable_gpus", lambda: gpus)
+        monkeypatch.setattr(launch, "check_compiler", lambda: compilers.append(True))
         monkeypatch.setattr(launch, "usable_cores", lambda: cores)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
         monkeypatch.setattr(laptop, "main", call("laptop", data_exit))
@@ -58,7 +59,9 @@ def start(monkeypatch, capfd):
         except Executed:
             code = None
         out, err = capfd.readouterr()
-        return SimpleNamespace(calls=calls, code=code, out=out, err=err, env=os.environ)
+        return SimpleNamespace(
+            calls=calls, compilers=compilers, code=code, out=out, err=err, env=os.environ
+        )
 
     return start
 
@@ -236,6 +239,21 @@ def test_cards_that_torch_cannot_use(cards, monkeypatch, out, err, why):
     assert launch.main(["--steps", "20"]) == 2
     config, gpus = launch.read_config(["--device", "cpu"])
     assert (config.preset, gpus) == ("laptop", 0)
+
+
+def test_no_compiler_is_one_line_before_the_fetch(start, monkeypatch, tmp_path):
+    check_compiler = launch.check_compiler
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(launch.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(shards.BadInput, match=r"\(gcc\) and Python's headers \(python3-dev\): apt"):
+        check_compiler()
+    monkeypatch.setattr(launch.shutil, "which", lambda name: name)
+    (tmp_path / "Python.h").touch()
+    check_compiler()
+
+    assert start(gpus=1).compilers
+    for words, gpus in ((["--no_compile"], 1), ([], 0), (["fetch"], 1)):
+        assert not start(*words, gpus=gpus).compilers
 
 
 def test_more_processes_than_gpus_are_refused(start):
