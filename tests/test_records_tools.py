@@ -312,6 +312,14 @@ def test_this_repository_is_up_to_date(monkeypatch):
     assert board.main(["--check"]) == 0
 
 
+def test_the_public_history_has_a_day_for_every_record():
+    assert len(board.PUBLIC_DAYS) == len(board.PUBLIC_HISTORY)
+    assert board.PUBLIC_DAYS == sorted(board.PUBLIC_DAYS)
+    minutes = [m for m, _ in board.PUBLIC_HISTORY]
+    assert board.PUBLIC_DAYS[minutes.index(7.8)] == "2024-11-08"
+    assert board.PUBLIC_DAYS[minutes.index(1.65)] == "2026-01-19"
+
+
 # -------------------------------------------------------------------------------------------- plot
 
 

@@ -13,6 +13,7 @@ the chain of references is its time relative to the track's first record, and on
 and winners of their race are ranked.
 """
 
+import datetime
 import math
 import os
 import re
@@ -71,6 +72,15 @@ PUBLIC_HISTORY = (
     (1.126, "in validation, tokens that GPT-2's tokenizer never puts next have no probability"),
     (0.665, "sampled softmax, n-gram table of 84.6M rows, ANVIL, CUDA graphs (September 2026)"),
 )
+# The days of these, by the table in modded-nanogpt's README; where an entry sums up several
+# records, that of the last of them.
+PUBLIC_DAYS = """
+    2024-05-28 2024-10-18 2024-11-03 2024-11-06 2024-11-08 2024-11-10 2024-11-19 2024-11-24
+    2024-12-04 2024-12-17 2025-01-04 2025-01-13 2025-01-16 2025-07-13 2025-09-03 2025-09-18
+    2025-11-10 2025-12-22 2026-01-10 2026-01-19 2026-01-31 2026-03-06 2026-04-08 2026-04-22
+    2026-04-29 2026-05-21 2026-05-27 2026-07-13 2026-07-17 2026-09-18
+    2026-09-18 2026-09-28
+""".split()
 
 
 @dataclass
@@ -282,19 +292,20 @@ def read(path) -> str:
 def draw_public(axis):
     """The public record: others' work, for reference."""
     minutes = [m for m, _ in PUBLIC_HISTORY]
-    axis.step(range(len(minutes)), minutes, where="post", color="#888888", linewidth=1.5)
-    axis.plot(range(len(minutes)), minutes, "o", color="#888888", markersize=4)
-    labels = {minutes[0]: "", minutes[-1]: ""} | {m: f": {preset}" for m, preset in MARKED.items()}
-    for time, preset in labels.items():
-        point, color = (minutes.index(time), time), plot.COLOURS[1] if preset else "black"
-        if preset:
-            axis.plot(*point, "o", color=color, markersize=8)
-        beside = dict(xytext=(-8, -4), ha="right") if time == minutes[-1] else dict(xytext=(8, 3))
-        text = dict(textcoords="offset points", fontsize=9, color=color)
-        axis.annotate(f"{time:g} min{preset}", point, **beside, **text)
+    days = [datetime.date.fromisoformat(day) for day in PUBLIC_DAYS]
+    axis.step(days, minutes, where="post", color="#888888", linewidth=1.5)
+    axis.plot(days, minutes, "o", color="#888888", markersize=4)
+    text = dict(textcoords="offset points", fontsize=9)
+    for i, offset in ((0, (6, 2)), (-1, (-34, 9))):
+        axis.annotate(f"{minutes[i]:g} min", (days[i], minutes[i]), xytext=offset, **text)
+    for time, preset in MARKED.items():
+        end, orange = (days[minutes.index(time)], time), plot.COLOURS[1]
+        axis.plot(*end, "o", color=orange, markersize=8)
+        late = end[0] > days[len(days) // 2]  # then there is room at its lower left
+        place = dict(xytext=(-8, -14), ha="right") if late else dict(xytext=(8, 8))
+        axis.annotate(f"{time:g} min: {preset}", end, color=orange, **place, **text)
     log_scale(axis, (0.5, 1, 2, 5, 10, 20, 50))
-    axis.set_xticks([])
-    axis.set_xlabel("records in order, 2024 to September 2026")
+    axis.tick_params(axis="x", labelrotation=35)
     axis.set_ylabel("minutes to val loss 3.28 on 8×H100")
     axis.set_title("Public record: the work of others, for reference only", fontsize=11)
 
@@ -346,22 +357,22 @@ def draw_history(path, laptop: list[Record]):
 
 
 def draw_loss(path, laptop: list[Record]):
-    """Training loss of the ranked laptop records over their time relative to the first record's:
-    the one axis on which different machines compare."""
+    """Final validation loss of the ranked laptop records over their time relative to the first
+    record's: the one axis on which different machines compare."""
     from matplotlib.figure import Figure
 
     best = ranked("laptop", laptop)[::-1]
-    picture = Figure(figsize=(8.5, 5.2), dpi=110, layout="constrained")
+    picture = Figure(figsize=(8.5, 4.6), dpi=110, layout="constrained")
     axis = picture.subplots()
-    place = os.path.join(folders.RECORDS, "laptop")
-    for record, colour in zip(best[-len(plot.COLOURS) :], plot.COLOURS, strict=False):
-        curve = plot.load([os.path.join(place, record.name)])[0]
-        curve.scale = record.relative / curve.runs[0].planned
-        line = plot.mean_line(curve, "steps", train=True)
-        axis.plot(*line.T, color=colour, linewidth=1.6)
-        end = record.relative, record.result["val_loss"]["mean"]
-        axis.errorbar(*end, yerr=record.result["val_loss"]["std"], fmt="o", color=colour, capsize=2)
-    draw_names(axis, best[-len(plot.COLOURS) :])
+    for i, record in enumerate(best):
+        loss = record.result["val_loss"]
+        end, colour = (record.relative, loss["mean"]), plot.COLOURS[i % len(plot.COLOURS)]
+        axis.errorbar(*end, yerr=loss["std"], fmt="o", color=colour, capsize=3)
+        low = (record.relative, loss["mean"] - loss["std"])
+        # one below the other where they stand close
+        level = sum(0.75 < other.relative / record.relative < 1.33 for other in best[:i])
+        place = dict(xytext=(0, -12 - 11 * level), textcoords="offset points", ha="center")
+        axis.annotate(record.title, low, color=colour, fontsize=8, **place)
     target = TRACKS["laptop"].target
     axis.axhline(target, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
     axis.annotate(
@@ -376,33 +387,12 @@ def draw_loss(path, laptop: list[Record]):
     ticks = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1)
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
-    axis.set_xlim(0.004, 1.3)
-    axis.set_ylim(0.9, 2.4)
+    axis.set_xlim(0.06, 1.3)
+    axis.margins(y=0.3)
     axis.set_xlabel("train time relative to that of the first record, by paired race")
-    axis.set_ylabel("training loss, smoothed (lines); validation loss (dots)")
+    axis.set_ylabel("final validation loss, mean and deviation over seeds")
     axis.grid(alpha=0.25, linewidth=0.6)
     plot.save(picture, path)
-
-
-def draw_names(axis, records: list[Record]):
-    """The records' names below their last points, stacked where these are close."""
-    level, previous = 0, None
-    lowest = min(record.result["val_loss"]["mean"] for record in records)
-    for record, colour in sorted(
-        zip(records, plot.COLOURS, strict=False), key=lambda pair: pair[0].relative
-    ):
-        close = previous is not None and record.relative < 1.8 * previous
-        level = level + 1 if close else 0
-        end, previous = (record.relative, lowest), record.relative
-        axis.annotate(
-            record.title,
-            end,
-            xytext=(0, -24 - 11 * level),
-            color=colour,
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-        )
 
 
 def draw_pictures(laptop: list[Record]):
