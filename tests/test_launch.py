@@ -324,7 +324,7 @@ def run():
         os.kill(os.getpid(), signal.SIGKILL)
     if sys.argv[1] == "nothing":
         return
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, obey)
     os.write(1, f"rank {rank} is up\\n".encode())
@@ -388,6 +388,7 @@ def test_one_cause_and_its_exit_code(tmp_path, what, code, lines):
         signal.SIGTERM,
         pytest.param(signal.SIGINT, marks=pytest.mark.slow),
         pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),  # Slurm's warning
     ],
 )
 def test_a_signal_reaches_every_process_once(tmp_path, number):
