@@ -1,5 +1,6 @@
 """The preflight: what it refuses and counts; with -m preflight, planted faults and all presets."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from records.tools import preflight as tool
-from records.tools.nullgpu import environment, estimate
+from records.tools.nullgpu import against, environment, estimate
 from records.tools.nullgpu import report as reporting
 from records.tools.nullgpu.cards import CARDS
 from records.tools.nullgpu.observe import TrainerLog
@@ -201,7 +202,7 @@ def test_work_is_counted_from_what_was_launched():
         "copy pinned -> device": [1, 1e9],
         "spill triton_poi_fused_add_0": [3, 24],
     }
-    update = dict(counts=counts, triton={"triton_poi_fused_add_0": [3, 600.0, 0.0]})
+    update = dict(counts=counts, triton={"triton_poi_fused_add_0": [3, 600.0, 0.0, 9e9]})
     works = {(work.kind, work.name.partition(" ")[0]): work for work in estimate.works_of(update)}
     single = works["matmul", "matmul"]
     assert (single.launches, single.bytes, single.operations) == (5, 5 * 2 * (8 + 12 + 6), 240)
@@ -211,21 +212,20 @@ def test_work_is_counted_from_what_was_launched():
     assert attention.operations == 2 * 4 * queries * 1024 / 2
     assert attention.bytes == 2 * 4 * 2 * queries  # q, k, v and o in bf16
     assert works["eager", ADD].bytes == 1000 * 3 * 4
-    assert works["norm, rotary, residual", "triton_poi_fused_add_0"].bytes == 600
+    added = works["norm, rotary, residual", "triton_poi_fused_add_0"]
+    assert (added.bytes, added.instructions) == (600, 9e9)
     assert not works["eager", "mystery"].known
     assert works["copies", "copy"].bytes == 100
     assert len(works) == 8
     assert reporting.spills_of(update) == {"triton_poi_fused_add_0": 8}
 
 
-def test_attention_within_a_window():
-    pairs = [(q, k) for q in range(100) for k in range(q + 1)]
-    near = sum(q - k < 25 for q, k in pairs) / len(pairs)
-    assert estimate.within(25, 100) == pytest.approx(near, abs=0.01)
-    assert estimate.within(0, 100) == estimate.within(100, 100) == estimate.within(300, 100) == 1
-    update = dict(counts={}, triton={"triton_tem_fused_flex_attention_1": [2, 50.0, 800.0]})
-    (work,) = estimate.works_of(update, estimate.within(25, 100))
-    assert work.operations == pytest.approx(800 / 2 * (1 - 0.75**2)) and work.bytes == 50
+def test_attention_is_what_block_masks_leave():
+    triton = {"triton_tem_fused_flex_attention_1": [2, 50.0, 800.0, 0.0]}
+    (work,) = estimate.works_of(dict(counts={}, triton=triton, attention=0.1))
+    assert (work.kind, work.operations, work.bytes) == ("attention", pytest.approx(80), 50)
+    (work,) = estimate.works_of(dict(counts={}, triton=triton, attention=None))
+    assert work.operations == 400  # causal
 
 
 def test_the_estimate_is_the_slowest_of_operations_bytes_and_launches():
@@ -235,12 +235,22 @@ def test_the_estimate_is_the_slowest_of_operations_bytes_and_launches():
         fields = dict(kind="matmul", name="", launches=1, bytes=0, operations=0)
         return estimate.seconds(estimate.Work(**fields | work), card, 8)
 
-    assert seconds(operations=989e12) == pytest.approx(1 / estimate.MATMUL)
-    assert seconds(bytes=3.35e12) == pytest.approx(1 / estimate.MEMORY)
-    assert seconds(launches=1000) == pytest.approx(1000 * estimate.LAUNCH)
-    assert seconds(kind="attention", operations=989e12) == pytest.approx(1 / card.attention)
+    shares = estimate.SHARES
+    assert seconds(operations=989e12) == pytest.approx(1 / shares.matmul)
+    assert seconds(operations=989e12, precision="fp8") == pytest.approx(0.5 / shares.matmul)
+    assert seconds(bytes=3.35e12) == pytest.approx(1 / shares.memory)
+    assert seconds(launches=1000) == pytest.approx(1000 * shares.launch)
+    issued = 132 * 128 * 1.98e9
+    assert seconds(instructions=issued) == pytest.approx(1 / shares.issue)
+    attention = dict(kind="attention", operations=989e12)
+    assert seconds(**attention) == pytest.approx(1 / card.attention)
+    flex = seconds(**attention, name="triton_tem_fused_flex_attention_1")
+    assert flex == pytest.approx(1 / card.attention / shares.flex)
     ring = seconds(kind="collective", bytes=450e9)
-    assert ring == pytest.approx(7 / 8 / estimate.LINK)
+    assert ring == pytest.approx(7 / 8 / shares.link)
+    work = estimate.Work("matmul", "", 1000, 0, 0)
+    update = estimate.update_seconds([work], card, 8)
+    assert update == pytest.approx(shares.update + 1000 * shares.launch)
 
 
 def update(first, launches, last=None, validated=False):
@@ -268,13 +278,92 @@ def test_stages_are_described_by_the_mean_of_their_updates():
     run = SimpleNamespace(seen=dict(updates=updates))
     run.config = lambda: config
     run.result = lambda: dict(flops_per_token=6.0)
-    options = SimpleNamespace(card=CARDS["h100"], gpus=2)
+    options = SimpleNamespace(card=CARDS["h100"], gpus=2, updates=140, dollars_per_hour=3.0)
     stages = reporting.stages_of(run, options)
     assert [stage["stage"]["batch_tokens"] for stage in stages] == [1024, 2048, 4096]
     assert [stage["launches"] for stage in stages] == [5.5, 7, 9]
     assert [stage["micro_batch"] for stage in stages] == [4, 8, 16]
     assert [stage["waits"] for stage in stages] == [0, 0, 0]
     assert [stage["most_waits"] for stage in stages] == [1, 0, 0]
+    for stage, seconds in zip(stages, (0.1, 0.2, 0.4), strict=True):
+        stage["estimated_seconds"] = seconds
+    whole = reporting.whole_run(stages, run, options)
+    # 138 updates in two equal stages, and an extension of 2
+    assert whole["seconds"] == pytest.approx(69 * 0.1 + 69 * 0.2 + 2 * 0.4)
+    assert whole["dollars"] == pytest.approx(whole["seconds"] / 3600 * 2 * 3)
+    assert "whole run: 21 s" in tool.total_line(whole) and "$0.04" in tool.total_line(whole)
+    options.updates = None
+    assert reporting.whole_run(stages, run, options) is None
+
+
+def public_log(source: str, milliseconds, gpus=8) -> str:
+    """A log as public scripts write them: update n takes milliseconds(n)."""
+    lines = ["=" * 100, source, "=" * 100]
+    lines += [f"|   {n}  NVIDIA H200                    On  | x |" for n in range(gpus)]
+    total = 0.0
+    for n in range(300):
+        total += milliseconds(n)
+        lines.append(f"step:{n + 1}/300 train_time:{total:.0f}ms step_avg:1.00ms")
+    return "\n".join([*lines, f"step:300/300 val_loss:3.2 train_time:{total:.0f}ms"])
+
+
+PUBLIC = """import torch
+#torch._inductor.config.coordinate_descent_tuning = True # banned
+config.coordinate_descent_tuning = True
+    num_iterations : int = 1750 # number of iterations to run
+    num_extension_iterations: int = 40
+    num_iterations: int = num_scheduled_iterations + num_extension_iterations
+    val_loss_every = 125 # every how many steps
+from kernels import get_kernel
+
+----------------------------------------
+# triton_kernels.py
+----------------------------------------
+import triton
+"""
+
+
+def test_a_public_log_is_read(tmp_path):
+    path = tmp_path / "log.txt"
+    # In turn 10 and 20 ms, from the 100th on 30 and 40, with a hiccup in between
+    path.write_text(public_log(PUBLIC, lambda n: 10 + 10 * (n % 2) + 20 * (n >= 100) + (n == 50)))
+    public = against.read(path)
+    assert public.measured == pytest.approx([15, 35, 35])
+    assert (public.card.name, public.gpus) == ("NVIDIA H200", 8)
+    main = public.files["train_gpt.py"]
+    assert public.files["triton_kernels.py"].strip() == "import triton"
+    assert "num_iterations : int = 54 #" in main and "num_extension_iterations: int = 1\n" in main
+    assert "= num_scheduled_iterations + num_extension_iterations" in main
+    assert "val_loss_every = 0 #" in main and "config.coordinate_descent_tuning = False" in main
+    assert "#torch._inductor.config.coordinate_descent_tuning = True" in main
+    assert len(public.changes) == 2
+
+
+@pytest.mark.parametrize("text", ["", "step:1/2 train_time:1ms", public_log("a = 1", float)])
+def test_other_logs_are_refused(text, tmp_path, home, capsys, monkeypatch):
+    monkeypatch.setattr(environment.Environment, "prepare", lambda self: None)
+    path = tmp_path / "log.txt"
+    path.write_text(text)
+    assert tool.main(["--against", str(path)]) == 2
+    assert "no log of a public script" in capsys.readouterr().err
+
+
+def test_constants_are_judged_on_the_other_half(monkeypatch, capsys):
+    """Of cards whose memory is a little faster, and that need 2 ms more an update."""
+    true = dataclasses.replace(estimate.Shares(), memory=0.9, update=7e-3)
+    publics, works = [], {}
+    for i in range(4):
+        parts = [[[estimate.Work("loss", "", 1, size * 1e9, 0)]] for size in (50, 100, 150 + i)]
+        public = against.Public(f"log {i}", CARDS["h100"], 8, {}, [], [])
+        public.measured = against.estimated(public, parts, true)
+        publics.append(public)
+        works[public.name] = parts
+    monkeypatch.setattr(against, "counted", lambda public, environment: works[public.name])
+    found = against.compare(publics, None)
+    assert found["error"] < 0.01
+    assert found["fitted"]["memory"] == pytest.approx(0.9, rel=0.02)
+    assert found["fitted"]["update"] == pytest.approx(7e-3, rel=0.1)
+    assert "| log 3 | 8 x NVIDIA H100" in tool.comparison(found)
 
 
 PREFIX = "W1121 14:03:38 4153 torch/_dynamo/convert_frame.py:1995] [0/8] "

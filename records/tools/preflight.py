@@ -3,6 +3,7 @@
     python -m records preflight [SCRIPT] [--gpu h100] [--gpus 1|8] [--memory_gb N] [-- flags]
     python -m records preflight --gpus 8
     python -m records preflight my_train_gpt.py --gpu 3090 -- --window 256
+    python -m records preflight --against LOG [LOG ...]
 
 SCRIPT (train_gpt.py unless you name another) runs whole and unmodified on the CUDA build of torch,
 over a library that stands in for NVIDIA's: it allocates, checks and counts, and computes nothing.
@@ -14,7 +15,12 @@ pretends the others.
 The report says: whether every stage and method compiles; graph breaks; compilations after the clock
 started; micro-batch and peak memory; launches and waits for the device per update; bytes and
 operations by class of kernel; spills; and an estimate of the step's time, never a measurement, with
-what it assumes. --json prints the same as JSON.
+what it assumes, for an update and for the whole run (--updates where it is not known), with
+--dollars_per_hour of one card in dollars. --json prints the same as JSON.
+
+--against LOG [LOG ...] holds the estimate against public logs: the scripts in them run on the
+stand-in, some minutes each, and their estimated times stand beside the ones that real cards took;
+see records/ESTIMATE.md.
 
 Exit code 0: fine. 1: there it would fail or keep the GPU waiting: an error, out of memory, a launch
 that the card refuses, a graph break, a compilation after the clock started, a wait for the device
@@ -32,6 +38,7 @@ import sys
 from pathlib import Path
 
 from records.tools.command import BadInput, Parser, command, emit, number_in
+from records.tools.nullgpu import against
 from records.tools.nullgpu.cards import CARDS, GIB
 from records.tools.nullgpu.environment import Environment, cache_folder, say
 from records.tools.nullgpu.report import report_on
@@ -61,10 +68,15 @@ def parse(argv: list[str]):
     parser.add_argument("--memory_gb", type=number_in(float, 1, 1000), help="GiB of each card")
     parser.add_argument("--torch", type=release, help="another release, as 2.11.0")
     parser.add_argument("--timeout", type=number_in(float, 1), default=3600, help="seconds")
+    parser.add_argument("--updates", type=number_in(int, 1), help="of the whole run")
+    parser.add_argument("--dollars_per_hour", type=number_in(float, 0), help="of one card")
+    parser.add_argument("--against", nargs="+", type=Path, metavar="LOG", help="public logs")
     parser.add_argument("--json", action="store_true", help="the report as JSON")
     at = argv.index("--") if "--" in argv else len(argv)
     options = parser.parse_args(argv[:at])
     options.flags = separated(argv[at + 1 :])
+    if options.against:
+        return options
     options.script = Path(options.script)
     if options.script.is_dir():
         options.script = options.script / "train_gpt.py"
@@ -130,6 +142,8 @@ def stage_table(report: dict) -> list[str]:
     row("  MB per token", lambda s: number(s["bytes_per_token"] / 1e6, 3))
     row("TFLOP", lambda s: number(s["operations"] / 1e12, 1))
     row("host alone, here, ms", lambda s: number(1000 * s["host_seconds"], 1))
+    if any(stage["attention"] for stage in stages):
+        row("attention, of all pairs", lambda s: f"{s['attention'] or 0.5:.1%}")
     row("estimate, ms", lambda s: number(1000 * s["estimated_seconds"], 1))
     utilization = "estimate, MFU"
     row(utilization, lambda s: f"{s['estimated_mfu']:.0%}" if s["estimated_mfu"] else "?")
@@ -150,6 +164,41 @@ def class_table(report: dict) -> list[str]:
     if last["uncounted"]:
         lines.append(f"{last['uncounted']:g} launches of kernels whose bytes are not known")
     return lines
+
+
+def total_line(whole: dict | None) -> str:
+    if not whole:
+        return "whole run: not known; say how many updates it has with --updates"
+    line = f"whole run: {whole['seconds']:,.0f} s ± {whole['error']:,.0f}"
+    if whole["dollars"] is not None:
+        line += f", ${whole['dollars']:,.2f}"
+    return f"{line} ({whole['updates']:,} updates, without compiling and validating)"
+
+
+def comparison(found: dict) -> str:
+    """What --against found, as a table of Markdown."""
+
+    def times(values):
+        return " / ".join(f"{value:.1f}" for value in values)
+
+    rows = [
+        f"| {run['name']} | {run['cards']} | {times(run['measured'])} | {times(run['judged'])} | "
+        + " / ".join(
+            f"{guess / truth - 1:+.0%}"
+            for guess, truth in zip(run["judged"], run["measured"], strict=True)
+        )
+        + f" | {times(run['estimated'])} | {', '.join(run['replaced']) or 'nothing'} |"
+        for run in found["runs"]
+    ]
+    fitted = ", ".join(f"{name} {value:.4g}" for name, value in found["fitted"].items())
+    head = "| log | cards | measured | judged | off by | with today's constants | replaced |"
+    lines = ["milliseconds per update in the first, second and last third of a run:", "", head]
+    lines += ["|" + "-|" * 7, *rows, ""]
+    lines += [f"error: ± {found['error']:.1%}, root mean square of `off by`: constants from one "]
+    lines[-1] += "half of the scripts, judged on the other, both ways"
+    lines.append(f"constants from all of them: {fitted}")
+    lines += [f"does not run: {name}" for name in found["not_run"]]
+    return "\n".join(lines)
 
 
 def finding(entry: dict, script: str) -> str:
@@ -173,6 +222,7 @@ def text_of(report: dict) -> str:
         "cannot be seen here:",
         *(f"    {text}" for text in report["cannot_see"]),
     ]
+    lines.append(f"compared with real cards: {report['judged']}")
     for title in ("warnings", "failures"):
         if report[title]:
             lines += [f"{title}:", *(finding(entry, report["script"]) for entry in report[title])]
@@ -180,6 +230,7 @@ def text_of(report: dict) -> str:
         lines.append(f"output of the run: {report['output']}")
     else:
         lines.append("fine: it compiles, fits and keeps the GPU busy")
+    lines.append(total_line(report["whole_run"]))
     return "\n".join(lines)
 
 
@@ -190,6 +241,11 @@ def main(argv) -> int:
     try:
         with interruptible():
             environment.prepare()
+            if options.against:
+                publics = [against.read(path) for path in options.against]
+                found = against.compare(publics, environment)
+                emit(json.dumps(found, indent=1) if options.json else comparison(found))
+                return 0
             place = f"a stand-in for {options.gpus} x {options.card.name}"
             say(f"runs {options.script} with {environment.torch} on {place}")
             run = Run(options, environment)

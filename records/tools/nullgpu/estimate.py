@@ -7,26 +7,50 @@ from records.tools.nullgpu.cards import Card
 
 WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "fp8": 1, "other": 4}  # bytes of an element
 
-# What the estimate assumes: shares of the data sheet that kernels reach, and a launch's least time.
-MATMUL = 0.70  # of the peak, cuBLAS on large bf16 matrices
-MEMORY = 0.85  # of the bandwidth, kernels that only stream
-LINK = 0.75  # of the link, NCCL's rings
-LAUNCH = 3e-6  # seconds, a kernel that does next to nothing
-ASSUMPTIONS = (
-    f"matmuls reach {MATMUL:.0%} of the data sheet's peak, FlashAttention 2 {{attention:.0%}}, "
-    f"other kernels {MEMORY:.0%} of the bandwidth, collectives {LINK:.0%} of the link",
-    f"a kernel takes the longest of its operations, its bytes and {1e6 * LAUNCH:.0f} us; they run "
-    "one after the other, no collective is hidden, and the host keeps up",
-    "attention is causal: half of the score matrix, and of that what lies within the stage's "
-    "longest --window; documents and shorter windows would leave out more",
-)
+
+@dataclass(frozen=True)
+class Shares:
+    """What an update's time depends on beyond counts and data sheets. against.py fits it."""
+
+    matmul: float = 0.70  # of the peak, cuBLAS on large matrices
+    memory: float = 0.85  # of the bandwidth, kernels that only stream
+    flex: float = 0.85  # FlexAttention's speed, of FlashAttention 2's (cards.py)
+    flash3: float = 1.30  # FlashAttention 3's
+    update: float = 5e-3  # seconds of each update that no kernel's sum explains
+    link: float = 0.75  # of the link, NCCL's rings
+    issue: float = 0.65  # of the instructions that a card can issue
+    launch: float = 3e-6  # seconds, a kernel that does next to nothing
+
+
+SHARES = Shares()
+ERROR = 0.0  # root mean square of estimate / measured - 1, as records/ESTIMATE.md has it
+JUDGED = "nothing"
+LANES = 128  # instructions for one element each, that a multiprocessor issues in a cycle
+
+
+def assumptions(card: Card, shares: Shares = SHARES) -> list[str]:
+    return [
+        f"matmuls reach {shares.matmul:.0%} of the data sheet's peak, FlashAttention 2 "
+        f"{card.attention:.0%}, FlexAttention {shares.flex:.0%} of that, other kernels "
+        f"{shares.memory:.0%} of the bandwidth, collectives {shares.link:.0%} of the link",
+        "a kernel takes the longest of its operations, its bytes, its instructions and "
+        f"{1e6 * shares.launch:.0f} us; they run one after the other, no collective is hidden, "
+        f"the host keeps up, and each update takes {1e3 * shares.update:.1f} ms more",
+        "documents have lengths like FineWeb's (log-normal, median 400 tokens, sigma 1.1); "
+        "FlexAttention computes the blocks that they and the windows leave, masks being causal; "
+        "FlashAttention computes half of the score matrix",
+    ]
+
 
 # Classes of the kernels that Inductor makes, by the operators in their names; first match.
 FUSED = (
-    ("attention", ("flex_attention",)),
-    ("loss", ("log_softmax", "nll_loss", "online_softmax", "tanh")),
+    ("attention", ("flex_attention", "flash_attention")),
+    ("loss", ("log_softmax", "nll_loss", "online_softmax", "tanh", "entropy")),
     ("activation", ("relu", "threshold", "gelu", "silu", "sigmoid")),
-    ("optimizer", ("lerp_mul_sqrt", "sqrt_0", "linalg_vector_norm", "baddbmm")),
+    (
+        "optimizer",
+        ("lerp_mul_sqrt", "sqrt_0", "linalg_vector_norm", "baddbmm", "XXT", "XTX", "cAA"),
+    ),
     ("embedding", ("embedding",)),
     ("norm, rotary, residual", ("rms_norm", "rsqrt", "cat", "add", "mul", "to_copy", "clone")),
 )
@@ -43,6 +67,7 @@ class Work:
     bytes: float  # moved between memory and the chip; 0 where nothing is known
     operations: float
     precision: str = "bf16"  # of the operations
+    instructions: float = 0.0  # for one element each
     known: bool = True  # are the bytes known?
 
 
@@ -96,23 +121,20 @@ def elementwise(name: str, times: int, elements: float) -> Work:
     return Work(kind, name, times, elements * operands * width, elements)
 
 
-def within(window: int, length: int) -> float:
-    """Share of a row's causal pairs of tokens that are no further apart than the window; 0: all."""
-    reach = min(1.0, window / length) if window and length else 1.0
-    return 2 * reach - reach**2
-
-
-def fused(name: str, row: list, seen: float) -> Work:
-    launches, moved, operations = row
+def fused(name: str, row: list, computed: float) -> Work:
+    launches, moved, operations, instructions = row
     kind = next((kind for kind, words in FUSED if any(word in name for word in words)), OTHER)
-    share = 0.5 * seen if kind == "attention" else 1.0
-    return Work(kind, name, launches, moved, share * operations, known=moved > 0)
+    share = computed if "flex_attention" in name else 1.0
+    known = moved > 0
+    return Work(
+        kind, name, launches, moved, share * operations, known=known, instructions=instructions
+    )
 
 
-def works_of(update: dict, seen: float = 1.0) -> list[Work]:
-    """All work of an update that observe.py saw, the largest first; seen: the share of causal
-    attention that its window leaves."""
-    works = [fused(name, row, seen) for name, row in update["triton"].items()]
+def works_of(update: dict) -> list[Work]:
+    """All work of an update that observe.py saw, the largest first."""
+    computed = update.get("attention") or 0.5  # causal
+    works = [fused(name, row, computed) for name, row in update["triton"].items()]
     for name, (times, amount) in update["counts"].items():
         kind, _, rest = name.partition(" ")
         if kind == "matmul":
@@ -144,16 +166,31 @@ def launched(text: str, times: int, amount: float, triton: dict) -> list[Work]:
 # ----------------------------------------------------------------------------------- all together
 
 
-def seconds(work: Work, card: Card, cards: int) -> float:
+def seconds(work: Work, card: Card, cards: int, shares: Shares = SHARES) -> float:
     """The time that one kernel's launches take at least, as assumed."""
     if work.kind == "collective":
-        return work.bytes * (cards - 1) / cards / (LINK * card.link)
-    peak = card.bf16_flops * (card.attention if work.kind == "attention" else MATMUL)
-    if work.precision in ("fp32", "fp64") or work.kind in ("eager", "copies"):
-        peak = card.fp32_flops * MATMUL
+        return work.bytes * (cards - 1) / cards / (shares.link * card.link)
+    peak = card.bf16_flops * shares.matmul
+    if work.kind == "attention":
+        named = dict(flex_attention=shares.flex, flash_attention_3=shares.flash3)
+        speed = next((speed for name, speed in named.items() if name in work.name), 1.0)
+        peak = card.bf16_flops * card.attention * speed
+    elif work.precision == "fp8":
+        peak *= 2
+    elif work.precision in ("fp32", "fp64") or work.kind in ("eager", "copies"):
+        peak = card.fp32_flops * shares.matmul
+    issued = card.multiprocessors * LANES * 1e3 * card.clock * shares.issue
     return max(
-        work.operations / peak, work.bytes / (MEMORY * card.bandwidth), work.launches * LAUNCH
+        work.operations / peak,
+        work.bytes / (shares.memory * card.bandwidth),
+        work.instructions / issued,
+        work.launches * shares.launch,
     )
+
+
+def update_seconds(works: list[Work], card: Card, cards: int, shares: Shares = SHARES) -> float:
+    """The time of one update, outside validation."""
+    return shares.update + sum(seconds(work, card, cards, shares) for work in works)
 
 
 def by_class(works: list[Work], card: Card, cards: int) -> dict[str, dict]:
@@ -167,4 +204,5 @@ def by_class(works: list[Work], card: Card, cards: int) -> dict[str, dict]:
         row["bytes"] += work.bytes
         row["operations"] += work.operations
         row["seconds"] += seconds(work, card, cards)
+    classes["no kernel's"] = dict(launches=0, bytes=0.0, operations=0.0, seconds=SHARES.update)
     return dict(sorted(classes.items(), key=lambda item: -item[1]["seconds"]))

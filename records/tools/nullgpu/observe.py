@@ -4,14 +4,15 @@
 
 Standard library and torch only, since it runs in the preflight's own environment. Of the trainer it
 knows that it prints `warm-up: ...` before its clock starts, that its log has lines such as
-`step:3/9 train_loss:...`, and that it calls backward(). What it cannot find is missing from REPORT,
-a JSON file; Observer.report says what is in it.
+`step:3/9 train_loss:...` or `step:3/9 train_time:...`, and that it calls backward(). What it cannot
+find is missing from REPORT, a JSON file; Observer.report says what is in it.
 """
 
 import ctypes
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import runpy
@@ -19,8 +20,13 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import blocks
+import replaced
+
 CLOCK = re.compile(r"(warm-?up: |step:\d+/)", re.IGNORECASE)
-STEP = re.compile(r"step:(\d+)/\d+ (val|train)_loss:")
+STEP = re.compile(r"step:(\d+)/\d+ (?:(val|train)_loss|train_time):")
+ASSIGNED = re.compile(r"^\s+tmp\d+ = ", re.MULTILINE)  # what a fused kernel does per element
 LIVE = re.compile(r"^(\r|\033\[K)+")  # how a line is rewritten on a terminal
 
 
@@ -54,6 +60,7 @@ class Snapshot:
         self.waits = len(observer.waits)
         self.counts = observer.library.nullgpu_counts()
         self.triton = {name: tuple(row) for name, row in observer.triton.items()}
+        self.attention = tuple(observer.attention)
         self.overhead = observer.overhead
         self.time = time.perf_counter()
 
@@ -68,7 +75,10 @@ class Observer:
         self.backwards = 0
         self.overhead = 0.0  # seconds that observing took
         self.compilations = []
-        self.triton = {}  # kernel: [launches, bytes, operations], by Inductor's own account
+        self.triton = {}  # kernel: [launches, bytes, operations, instructions]
+        self.attention = [0.0, 0.0]  # what FlexAttention computed, of whole score matrices
+        self.blind = ""  # why block masks could not be made again
+        self.steps = None  # of a whole run
         self.waits = []  # (what, line of the script)
         self.snapshots = []
         self.library = ctypes.CDLL(None)
@@ -124,22 +134,55 @@ class Observer:
         callback_handler.register_start_callback(begin)
         callback_handler.register_end_callback(end)
 
-    def watch_triton(self):
-        """Bytes and operations of each launch of a kernel that Inductor made."""
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    def launched(self, name: str, moved: float, operations: float, instructions: float = 0.0):
+        row = self.triton.setdefault(name, [0, 0.0, 0.0, 0.0])
+        for i, amount in enumerate((1, moved, operations, instructions)):
+            row[i] += amount
 
-        run = CachingAutotuner.run
+    def watch_triton(self):
+        """The work of each launch of a Triton kernel: Inductor's, and the script's own."""
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from triton.runtime.jit import JITFunction
+
+        work_of = functools.cache(fused_work)
+        run, run_own = CachingAutotuner.run, JITFunction.run
 
         @functools.wraps(run)
         def counted(kernel, *args, **kwargs):
-            meta = kernel.inductor_meta
-            row = self.triton.setdefault(meta.get("kernel_name", "?"), [0, 0.0, 0.0])
-            row[0] += 1
-            row[1] += 1e9 * (meta.get("kernel_num_gb") or 0.0)
-            row[2] += meta.get("kernel_flop") or 0.0
+            begun = time.perf_counter()
+            given = dict(zip(kernel.triton_meta["signature"], args, strict=False))
+            if "kernel_num_gb" in kernel.inductor_meta:
+                sizes = tuple(value for value in args if isinstance(value, int))
+                self.launched(*work_of(kernel, sizes, Arguments(given)))
+            else:
+                self.launched(*own_work(kernel.fn, given))
+            self.overhead += time.perf_counter() - begun
             return run(kernel, *args, **kwargs)
 
+        @functools.wraps(run_own)
+        def counted_own(function, *args, grid, warmup, **kwargs):
+            if not warmup:
+                given = dict(zip(function.arg_names, args, strict=False)) | kwargs
+                self.launched(*own_work(function, given))
+            return run_own(function, *args, grid=grid, warmup=warmup, **kwargs)
+
         CachingAutotuner.run = counted
+        JITFunction.run = counted_own
+
+    def watch_attention(self):
+        """What block masks leave of the score matrices, and FlashAttention 3 (see replaced.py)."""
+
+        def count(masks, inputs):
+            begun = time.perf_counter()
+            try:
+                for i, size in enumerate(masks.count(inputs)):
+                    self.attention[i] += size
+            except Exception as error:  # a script's own masks may hold anything
+                self.blind = f"{type(error).__name__}: {error}"
+            self.overhead += time.perf_counter() - begun
+
+        blocks.watch(count)
+        replaced.install(self.launched)
 
     def watch_waits(self):
         def waited(what):
@@ -171,6 +214,7 @@ class Observer:
         self.watch_output()
         self.watch_compiler()
         self.watch_triton()
+        self.watch_attention()
         self.watch_waits()
         self.watch_backward()
 
@@ -193,12 +237,15 @@ class Observer:
             updates=[self.difference(a, b) for a, b in pairs if b.step > a.step > 0],
             total=table(self.library.nullgpu_counts()),
             memory=memory,
+            blind=self.blind,
+            steps=self.steps,
         )
 
     def difference(self, a: Snapshot, b: Snapshot) -> dict:
         """What was asked of the device from one logged step to a later one. host_seconds: the time
         that the host took; counts: {name: [times, amount]}; triton: {kernel: [launches, bytes,
-        operations]}."""
+        operations, instructions]}; attention: share of score matrices that FlexAttention computed,
+        None: not known."""
         before = table(a.counts)
         counts = {}
         for name, (times, amount) in table(b.counts).items():
@@ -207,9 +254,10 @@ class Observer:
                 counts[name] = [times - old_times, amount - old_amount]
         triton = {}
         for name, row in b.triton.items():
-            old = a.triton.get(name, (0, 0, 0))
+            old = a.triton.get(name, (0, 0, 0, 0))
             if row[0] > old[0]:
                 triton[name] = [new - was for new, was in zip(row, old, strict=True)]
+        computed, whole = (new - was for new, was in zip(b.attention, a.attention, strict=True))
         return dict(
             first=a.step,
             last=b.step,
@@ -219,7 +267,60 @@ class Observer:
             waits=self.waits[a.waits : b.waits],
             counts=counts,
             triton=triton,
+            attention=computed / whole if whole else None,
         )
+
+
+class Arguments(dict):
+    """A kernel's arguments by name; of no account to a cache."""
+
+    def __hash__(self):
+        return 0
+
+    def __eq__(self, other):
+        return True
+
+
+def fused_work(kernel, sizes: tuple, given: Arguments) -> tuple:
+    """(name, bytes, operations, instructions) of a launch of Inductor's kernel: no more bytes than
+    its buffers have, since Inductor counts slices of one as if each were another."""
+    meta = kernel.inductor_meta
+    moved = min(1e9 * (meta["kernel_num_gb"] or 0.0), distinct_bytes(given))
+    elements = math.prod(value for name, value in given.items() if name.endswith("numel"))
+    instructions = elements * len(ASSIGNED.findall(kernel.fn.src))
+    return meta["kernel_name"], moved, meta.get("kernel_flop") or 0.0, instructions
+
+
+def own_work(function, given: dict) -> tuple:
+    """The same of a kernel of the script's own: each buffer once, and a matmul's operations."""
+    operations = 0.0
+    if "tl.dot" in function.src and "M" in given:
+        m = given["M"]
+        n, k = given.get("N", m), given.get("K", m)
+        first = next(tensor for tensor in map(tensor_of, given.values()) if tensor is not None)
+        operations = 2.0 * m * n * k * max(1, first.numel() // (m * k))
+    return function.__name__, distinct_bytes(given), operations, 0.0
+
+
+def tensor_of(value):
+    """The tensor that an argument is or, for a descriptor, stands for."""
+    value = getattr(value, "base", value)
+    return value if hasattr(value, "untyped_storage") else None
+
+
+def distinct_bytes(given: dict) -> float:
+    """Bytes of the buffers among a kernel's arguments, each read once and written once."""
+    sizes = {}
+    for name, value in given.items():
+        tensor = tensor_of(value)
+        if tensor is not None:
+            buffer = tensor.untyped_storage().data_ptr()
+            for direction in ("in", "out"):
+                if direction in name or not name.startswith(("in_", "out_")):
+                    key = buffer, direction if name.startswith(("in_", "out_")) else ""
+                    size = tensor.numel() * tensor.element_size()
+                    sizes[key] = max(sizes.get(key, 0), size)
+    return float(sum(sizes.values()))
 
 
 def table(counts: bytes) -> dict[str, tuple[int, float]]:
@@ -244,9 +345,23 @@ def pretend_peers():
         objects[:] = [mine] * len(objects)
 
     assert fake_pg  # importing it registers the backend
+    from torch.nn.parallel import distributed
+
+    distributed._verify_param_shape_across_processes = lambda *args: None
     dist.init_process_group = start_alone
     dist.all_gather_object = gather
     dist.broadcast_object_list = lambda *args, **kwargs: None
+
+
+def whole_steps(names: dict, flags: list[str]) -> int | None:
+    """How many updates the script makes without the preflight's --steps; None: not known."""
+    if "parse_config" not in names or "--steps" not in flags:
+        return None
+    at = flags.index("--steps")
+    try:
+        return names["parse_config"](flags[:at] + flags[at + 2 :], "gpt2_small").steps
+    except (Exception, SystemExit):  # an edit may have another parser
+        return None
 
 
 def main():
@@ -258,9 +373,10 @@ def main():
     observer = Observer(script, log_folder)
     observer.start()
     sys.argv = [script, *flags]
-    sys.path[0] = os.path.dirname(script)
+    sys.path[:2] = [os.path.dirname(script)]
     try:
-        runpy.run_path(script, run_name="__main__")
+        names = runpy.run_path(script, run_name="__main__")
+        observer.steps = whole_steps(names, flags)
     finally:
         observer.stop()
         Path(path).write_text(json.dumps(observer.report()))

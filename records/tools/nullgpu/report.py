@@ -53,6 +53,8 @@ def mean_of(updates: list[dict]) -> dict:
     mean = {
         name: sum(update[name] for update in updates) / n for name in ("host_seconds", "backwards")
     }
+    shares = [update["attention"] for update in updates if update.get("attention")]
+    mean["attention"] = sum(shares) / len(shares) if shares else None
     for kind in ("counts", "triton"):
         rows = {}
         for update in updates:
@@ -86,6 +88,23 @@ def value_at(values: list, step: int, config: dict):
     return shares[step * len(shares) // steps]
 
 
+def whole_run(stages: list[dict], run: Run, options) -> dict | None:
+    """Seconds of the script's full number of updates, outside validation; None: not known."""
+    steps = options.updates or run.seen.get("steps")
+    if not steps or not stages:
+        return None
+    config = run.config() | dict(steps=steps)
+    seconds = {tuple(stage["stage"].items()): stage["estimated_seconds"] for stage in stages}
+    last = stages[0]["estimated_seconds"]
+    total = 0.0
+    for step in range(steps):
+        last = seconds.get(stage_at(step, config), last)
+        total += last
+    hours = total * options.gpus / 3600
+    dollars = hours * options.dollars_per_hour if options.dollars_per_hour else None
+    return dict(updates=steps, seconds=total, error=estimate.ERROR * total, dollars=dollars)
+
+
 def launches_of(update: dict) -> int:
     return sum(
         times
@@ -97,8 +116,7 @@ def launches_of(update: dict) -> int:
 def stage_row(updates: list[dict], stage: dict, config: dict, result: dict, options) -> dict:
     update = mean_of(updates)
     waits = sorted((update["waits"] for update in updates), key=len)
-    window = stage.get("window") or max(config.get("window") or [0])
-    works = estimate.works_of(update, estimate.within(window, config.get("seq_len", 0)))
+    works = estimate.works_of(update)
     classes = estimate.by_class(works, options.card, options.gpus)
     total = {
         key: sum(row[key] for row in classes.values()) for key in ("bytes", "operations", "seconds")
@@ -121,6 +139,7 @@ def stage_row(updates: list[dict], stage: dict, config: dict, result: dict, opti
         bytes=total["bytes"],
         bytes_per_token=total["bytes"] / share if share else None,
         operations=total["operations"],
+        attention=update["attention"],
         estimated_seconds=total["seconds"],
         estimated_mfu=utilization,
         spills=spills_of(update),
@@ -195,8 +214,11 @@ def report_on(run: Run, options) -> dict:
         output=str(run.folder / "output.txt"),
     )
     report |= dict(failures=failures(report, run), warnings=warnings(report))
-    assumptions = [text.format(attention=options.card.attention) for text in estimate.ASSUMPTIONS]
-    return report | dict(assumptions=assumptions, cannot_see=CANNOT_SEE)
+    if run.seen.get("blind"):
+        text = f"block masks could not be made on the host ({run.seen['blind']}): half is assumed"
+        report["warnings"].append(dict(what="attention", text=text, line=None))
+    report |= dict(whole_run=whole_run(stages, run, options), judged=estimate.JUDGED)
+    return report | dict(assumptions=estimate.assumptions(options.card), cannot_see=CANNOT_SEE)
 
 
 def failures(report: dict, run: Run) -> list[dict]:

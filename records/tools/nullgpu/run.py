@@ -2,6 +2,7 @@
 
 import array
 import json
+import math
 import os
 import random
 import re
@@ -19,7 +20,8 @@ OBSERVE = Path(__file__).resolve().parent / "observe.py"
 RUNS_KEPT = 10  # outputs of the latest runs, to read after a failure
 STEPS = 120  # more than any preset's last stage or cool-down in updates has
 VAL_EVERY = 30
-DOCUMENT = 700  # tokens, in random data
+DOCUMENTS = 2000  # of random data, over and over
+MEDIAN, SIGMA = 400, 1.1  # of their lengths in tokens, log-normal: about FineWeb's
 ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt|Unsupported)\b.*:|train_gpt\.py: ")
 TORCH_LOG = re.compile(r"\[?[VIWE]\d{4} ")  # as glog writes: severity, month and day
 
@@ -35,15 +37,17 @@ def values_of(flags: list[str], name: str) -> list[str]:
 
 
 def random_shard(folder: Path, vocabulary: int, tokens: int) -> Path:
-    """A shard of random tokens, the same page over and over, made once."""
-    path = folder / f"random_{vocabulary}_{tokens}.bin"
+    """A shard of random tokens in documents, the same page over and over, made once."""
+    path = folder / f"documents_{vocabulary}_{tokens}.bin"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         header = array.array("i", [20240520, 1, tokens, *[0] * 253])  # as in llm.c
         draw = random.Random(0)
-        page = array.array("H", (draw.randrange(vocabulary - 1) for _ in range(100 * DOCUMENT)))
-        for start in range(0, len(page), DOCUMENT):
-            page[start] = vocabulary - 1  # the mark of a document
+        page = array.array("H")
+        for _ in range(DOCUMENTS):
+            length = max(20, int(draw.lognormvariate(math.log(MEDIAN), SIGMA)))
+            page.append(vocabulary - 1)  # the mark of a document
+            page.extend(draw.choices(range(vocabulary - 1), k=length - 1))
         pages = -(-tokens // len(page))
         body = (page.tobytes() * pages)[: 2 * tokens]
         write_atomic(path, header.tobytes() + body)
@@ -90,7 +94,7 @@ class Run:
     def __init__(self, options, environment: Environment):
         self.folder = new_folder(environment.home / "runs")
         self.script = options.script.resolve()
-        flags = all_flags(absolute(options.flags), environment.home / "data")
+        flags = self.prepare(options, environment.home / "data")
         report = self.folder / "report.json"
         command = [environment.python, OBSERVE, report, self.script, *flags]
         variables = environment.variables() | self.variables(options, environment)
@@ -101,6 +105,10 @@ class Run:
         text = logs[-1].read_text(errors="replace") if logs else ""
         self.log = text.partition("\n" + "=" * 100 + "\n")[2].splitlines()
 
+    def prepare(self, options, data: Path) -> list[str]:
+        """Make what the run needs. Returns its flags."""
+        return all_flags(absolute(options.flags), data)
+
     def variables(self, options, environment: Environment) -> dict[str, str]:
         card = options.card
         settings = card.environment(options.gpus, options.memory) | dict(
@@ -110,11 +118,7 @@ class Run:
             TORCH_LOGS="recompiles,graph_breaks",
             PYTHONUNBUFFERED="1",
         )
-        if options.gpus > 1:
-            settings |= dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(options.gpus))
-            settings |= dict(LOCAL_WORLD_SIZE=str(options.gpus), MASTER_ADDR="127.0.0.1")
-            settings["MASTER_PORT"] = str(free_port())
-        return settings
+        return settings | (ranks(options.gpus) if options.gpus > 1 else {})
 
     def execute(self, command: list[str], variables: dict, timeout: float) -> int | None:
         with open(self.folder / "output.txt", "wb") as output:
@@ -164,6 +168,12 @@ class Run:
             if line.startswith("config: "):
                 return json.loads(line.removeprefix("config: "))
         return {}
+
+
+def ranks(gpus: int) -> dict[str, str]:
+    """What torchrun tells rank 0 of so many."""
+    one = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    return one | dict(WORLD_SIZE=str(gpus), LOCAL_WORLD_SIZE=str(gpus))
 
 
 def new_folder(parent: Path) -> Path:
