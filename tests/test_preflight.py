@@ -9,6 +9,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from records.tools import preflight as tool
 from records.tools.nullgpu import against, environment, estimate
@@ -17,6 +20,7 @@ from records.tools.nullgpu.cards import CARDS
 from records.tools.nullgpu.observe import TrainerLog
 from records.tools.nullgpu.run import Run, all_flags
 
+NULLGPU = str(Path(environment.__file__).parent)  # its modules run in their own environment
 ROOT = Path(__file__).resolve().parents[1]
 
 # Small shapes: a graph's compilation takes as long as with large ones, the updates do not.
@@ -226,6 +230,78 @@ def test_attention_is_what_block_masks_leave():
     assert (work.kind, work.operations, work.bytes) == ("attention", pytest.approx(80), 50)
     (work,) = estimate.works_of(dict(counts={}, triton=triton, attention=None))
     assert work.operations == 400  # causal
+
+
+@pytest.mark.parametrize("largest", [1 << 25, 2048], ids=["all pairs", "nearest pairs"])
+@pytest.mark.parametrize("window", [10, 200, 10**6])
+def test_block_masks_are_made_again_on_the_host(largest, window, monkeypatch):
+    """Of a compiled graph on a CPU, from its tokens: as many blocks as the masks really have."""
+    monkeypatch.syspath_prepend(NULLGPU)
+    import blocks
+
+    rows, length = 2, 1024
+    monkeypatch.setattr(blocks, "LARGEST", largest)
+    tokens = torch.randint(1, 300, (rows, length), generator=torch.Generator().manual_seed(0))
+    found = []
+
+    def mask_of(tokens):
+        docs = (tokens < 3).cumsum(1)
+
+        def allowed(b, h, q, k):
+            return (q >= k) & (q - k <= window) & (docs[b, q] == docs[b, k])
+
+        return create_block_mask(allowed, rows, None, length, length, device="cpu")
+
+    def forward(tokens, q):
+        return flex_attention(q, q, q, block_mask=mask_of(tokens))
+
+    def compile_graph(module, inputs):
+        graph = blocks.Graph(module)
+
+        def run(*inputs):
+            found.append(graph.count(list(inputs)))
+            return module(*inputs)
+
+        return run
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=compile_graph)
+    torch.compile(forward, backend=backend)(tokens, torch.zeros(rows, 1, length, 16))
+    mask = mask_of(tokens)
+    size = 128 * 128 * 16
+    blocks_of_mask = (mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum()).item()
+    assert found == [(blocks_of_mask * size, rows * (length // 128) ** 2 * size)]
+    assert 0 < found[0][0] < found[0][1] / 2
+
+
+def test_flash_attention_tiles(monkeypatch):
+    monkeypatch.syspath_prepend(NULLGPU)
+    import replaced
+
+    assert replaced.tiles([128, 256], -1) == 2
+    assert replaced.tiles([512], -1) == 1 + 2 + 3 + 4
+    assert replaced.tiles([512], 128) == 1 + 2 + 2 + 2
+    assert replaced.tiles([100, 300, 301], 384) == 1 + 3 + 1
+
+
+def test_bytes_are_those_of_distinct_buffers(monkeypatch):
+    monkeypatch.syspath_prepend(NULLGPU)
+    import observe
+
+    buffer = torch.zeros(100)
+    given = dict(in_ptr0=buffer[:50], in_ptr1=buffer, in_out_ptr0=torch.zeros(10), xnumel=7)
+    assert observe.distinct_bytes(given) == 4 * (100 + 10 + 10)
+    kernel = SimpleNamespace(
+        inductor_meta=dict(kernel_name="k", kernel_num_gb=1.0, kernel_flop=None),
+        fn=SimpleNamespace(src="def k():\n    tmp0 = load\n    tmp1 = tmp0 + 1\n    store(tmp1)"),
+    )
+    given |= dict(r0_numel=3)
+    assert observe.fused_work(kernel, (7, 3), given) == ("k", 480.0, 0.0, 2 * 7 * 3)
+    kernel.inductor_meta["kernel_num_gb"] = 1e-7
+    assert observe.fused_work(kernel, (7, 3), given)[1] == pytest.approx(100)
+    own = SimpleNamespace(src="tl.dot", __name__="mine")
+    matrices = dict(a=torch.zeros(2, 8, 4), c=torch.zeros(2, 8, 8), M=8, K=4)
+    assert observe.own_work(own, matrices) == ("mine", 4 * (64 + 128), 2 * 2 * 8 * 8 * 4, 0.0)
 
 
 def test_the_estimate_is_the_slowest_of_operations_bytes_and_launches():

@@ -3,9 +3,10 @@ again on the host from the real tokens.
 
 What the stand-in device computes reads as zero, block masks too. But tokens are copied to it, not
 computed, so they are there. For each call of a compiled graph this evaluates on the CPU what leads
-from the graph's inputs to its block masks. Where that would mean looking at all pairs of tokens
-(create_block_mask), the mask function is asked about the nearest pair of each two blocks instead:
-right for masks that are causal and else only forbid what is further away or in another document.
+from the graph's inputs to its block masks, and puts integers that a later graph may want into the
+device's memory. Where block masks would mean looking at all pairs of tokens (create_block_mask),
+the mask function is asked about the nearest pair of each two blocks instead: right for masks that
+are causal and else only forbid what is further away or in another document.
 """
 
 import copy
@@ -30,18 +31,23 @@ def host_view(value):
     return flat.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
-class Masks:
-    """The attentions of one graph, which the compiler is about to change."""
+class Graph:
+    """The integers and the attentions of one graph, which the compiler is about to change."""
 
     def __init__(self, module: torch.fx.GraphModule):
         self.module = module
         graph = torch.fx.Graph()
-        graph.graph_copy(module.graph, {})
+        outputs = graph.graph_copy(module.graph, {})
         self.graph = graph
         self.attentions = [
             node
             for node in graph.nodes
             if node.op == "call_function" and str(node.target) == "flex_attention"
+        ]
+        self.integers = [
+            (i, node)
+            for i, node in enumerate(outputs)
+            if isinstance(node, torch.fx.Node) and self.evaluable([node])
         ]
         # The compiler lowers these in place.
         self.functions = {
@@ -49,15 +55,25 @@ class Masks:
             for node in self.attentions
         }
 
-    def evaluate(self, wanted: list, inputs: list) -> list:
-        """The values of nodes, of a call of the graph with these inputs. None: too large."""
+    def evaluable(self, wanted: list) -> set:
+        """The nodes that lead to these; none where they are too large or no integers."""
         needed, open_nodes = set(), [node for node in wanted if isinstance(node, torch.fx.Node)]
         while open_nodes:
             node = open_nodes.pop()
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and (
+                value.is_floating_point() or node.op != "placeholder" and value.numel() > LARGEST
+            ):
+                return set()
             if node not in needed:
                 needed.add(node)
                 open_nodes += node.all_input_nodes
-        if any(node.op != "placeholder" and elements(node) > LARGEST for node in needed):
+        return needed
+
+    def evaluate(self, wanted: list, inputs: list) -> list | None:
+        """The values of nodes, of a call of the graph with these inputs. None: not evaluable."""
+        needed = self.evaluable(wanted)
+        if not needed and any(isinstance(node, torch.fx.Node) for node in wanted):
             return None
         given = iter(inputs)
         values = {}
@@ -99,12 +115,10 @@ class Masks:
         block_q, block_k, function = mask[-3:]
         length_q, length_k, *_ = self.evaluate(mask[:2], inputs)
         rows, columns = -(-length_q // block_q), -(-length_k // block_k)
-        found = self.evaluate([mask[2], *([mask[4]] if mask[4] is not None else [])], inputs)
-        if found:
-            partial, *full = found
-            return (partial.sum() + sum(part.sum() for part in full)).item() / (
-                partial.numel() * columns
-            )
+        found = self.evaluate([node for node in (mask[2], mask[4]) if node is not None], inputs)
+        blocks = sum(found) if found else torch.zeros(1)
+        if blocks.min():  # else the device has made them
+            return blocks.sum().item() / (blocks.numel() * columns)
         values = self.evaluate(list(buffers), inputs)
         first_q = torch.arange(rows)[:, None] * block_q
         first_k = torch.arange(columns) * block_k
@@ -116,13 +130,8 @@ class Masks:
         return (allowed & (k >= first_k)).expand(len(batch), rows, columns).float().mean().item()
 
 
-def elements(node) -> int:
-    value = node.meta.get("val")
-    return value.numel() if isinstance(value, torch.Tensor) else 0
-
-
 def watch(tell):
-    """Call tell(computed, whole) at each call of a compiled graph that has attentions."""
+    """Call tell(graph, inputs) at each call of a compiled graph that has attentions."""
     from torch._functorch import config
     from torch._inductor import compile_fx
 
@@ -131,14 +140,21 @@ def watch(tell):
 
     @functools.wraps(compile_inner)
     def watched(module, *args, **kwargs):
-        masks = Masks(module)
+        graph = Graph(module)
         compiled = compile_inner(module, *args, **kwargs)
-        if masks.attentions:
+        if graph.attentions or graph.integers:
             run = compiled.current_callable
 
             def counted(inputs):
-                tell(masks, list(inputs))
-                return run(inputs)
+                given = list(inputs)
+                if graph.attentions:
+                    tell(graph, given)
+                outputs = run(inputs)
+                for i, node in graph.integers:
+                    (value,) = graph.evaluate([node], given)
+                    if isinstance(value, torch.Tensor):
+                        host_view(outputs[i]).copy_(value)
+                return outputs
 
             compiled.current_callable = counted
         return compiled

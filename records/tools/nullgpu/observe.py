@@ -172,10 +172,10 @@ class Observer:
     def watch_attention(self):
         """What block masks leave of the score matrices, and FlashAttention 3 (see replaced.py)."""
 
-        def count(masks, inputs):
+        def count(graph, inputs):
             begun = time.perf_counter()
             try:
-                for i, size in enumerate(masks.count(inputs)):
+                for i, size in enumerate(graph.count(inputs)):
                     self.attention[i] += size
             except Exception as error:  # a script's own masks may hold anything
                 self.blind = f"{type(error).__name__}: {error}"
