@@ -427,14 +427,15 @@ def test_other_logs_are_refused(text, tmp_path, home, capsys, monkeypatch):
 def test_constants_are_judged_on_the_other_half(monkeypatch, capsys):
     """Of cards whose memory is a little faster, and that need 2 ms more an update."""
     true = dataclasses.replace(estimate.Shares(), memory=0.9, update=7e-3)
-    publics, works = [], {}
+    publics, counted = [], {}
     for i in range(4):
-        parts = [[[estimate.Work("loss", "", 1, size * 1e9, 0)]] for size in (50, 100, 150 + i)]
+        loss = [[estimate.Work("loss", "", 1, size * 1e9, 0)] for size in (50, 100, 150 + i)]
+        parts = [[works, works] for works in loss]
         public = against.Public(f"log {i}", CARDS["h100"], 8, {}, [], [])
         public.measured = against.estimated(public, parts, true)
         publics.append(public)
-        works[public.name] = parts
-    monkeypatch.setattr(against, "counted", lambda public, environment: works[public.name])
+        counted[public.name] = parts
+    monkeypatch.setattr(against, "counted", lambda public, _: counted[public.name])
     found = against.compare(publics, None)
     assert found["error"] < 0.01
     assert found["fitted"]["memory"] == pytest.approx(0.9, rel=0.02)

@@ -31,7 +31,6 @@ PARTS = 3  # of a run, each compared by itself
 EDGE = 0.1  # of a part, left out at both ends: the next part may begin a little sooner there
 SPAN = 10  # updates whose mean time is one reading of the log
 SHARD = 100_000_000  # tokens, as in FineWeb's
-VALIDATION = 10_500_000
 MEMORY = 300 * GIB  # of each card: what a script needs with this torch is not the question
 TIMEOUT = 3600  # seconds of one script
 STEP = re.compile(r"^step:(\d+)/(\d+) (?!val_loss).*?train_time:([\d.]+)ms", re.MULTILINE)
@@ -124,9 +123,8 @@ class PublicRun(Run):
         self.script = self.folder / "train_gpt.py"
         tokens = self.folder / "data/fineweb10B"
         tokens.mkdir(parents=True)
-        for kind, size in (("train_000001", SHARD), ("train_000002", SHARD), ("val_000000", None)):
-            shard = random_shard(data, 50257, size or VALIDATION)
-            (tokens / f"fineweb_{kind}.bin").symlink_to(shard)
+        for kind in ("train_000001", "train_000002", "val_000000"):
+            (tokens / f"fineweb_{kind}.bin").symlink_to(random_shard(data, 50257, SHARD))
         tool = self.folder / "nvidia-smi"
         tool.write_text("#!/bin/sh\n")
         tool.chmod(0o755)
@@ -164,19 +162,20 @@ def parts_of(seen: dict) -> list[list]:
         part = part_of(number, UPDATES + 1)
         if part is not None:
             updates[part].append(estimate.works_of(update))
-    return updates if all(updates) else []
+    return updates if all(len(part) > 1 for part in updates) else []
 
 
 def estimated(public: Public, parts: list[list], shares: estimate.Shares) -> list[float]:
     """Milliseconds per update in each part."""
 
-    def mean(updates):
-        times = (
+    def middle(updates):
+        times = [
             estimate.update_seconds(works, public.card, public.gpus, shares) for works in updates
-        )
-        return 1e3 * statistics.mean(times)
+        ]
+        pairs = zip(times, times[1:], strict=False)  # updates may differ in turn
+        return 500 * statistics.median(map(sum, pairs))
 
-    return [mean(updates) for updates in parts]
+    return [middle(updates) for updates in parts]
 
 
 def deviations(runs: list, shares: estimate.Shares) -> list[float]:
