@@ -1,18 +1,22 @@
 """What every verb of `python -m records` shares: parser, errors, printing, writing of files."""
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 from data.shards import BadInput, explain
 
 HELP = argparse.RawDescriptionHelpFormatter
+BUG = 70  # exit code of a fault of ours
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,14 +30,38 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message}; see {self.prog} --help")
 
 
+class Interrupted(BaseException):
+    """SIGINT, SIGTERM or SIGHUP; the argument is the exit code."""
+
+
+@contextlib.contextmanager
+def interruptible():
+    """SIGINT, SIGTERM and SIGHUP raise Interrupted inside: a running trainer is ended first."""
+
+    def interrupt(number, frame):
+        raise Interrupted(128 + number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    before = {number: signal.signal(number, interrupt) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def command(verb: str):
-    """Decorates a verb's main(argv): what a user can mend becomes one line, exit code 2."""
+    """Decorates a verb's main(argv): every exception becomes an exit code here, and nowhere else.
+    What a user can mend is one line and 2; a fault of ours is a traceback and BUG, so that it is
+    never taken for a verdict."""
 
     def decorate(main):
         @functools.wraps(main)
         def wrapped(argv=None) -> int:
             try:
-                return main(sys.argv[1:] if argv is None else [str(word) for word in argv])
+                with interruptible():
+                    return main(sys.argv[1:] if argv is None else [str(word) for word in argv])
             except BadInput as error:
                 line, code = str(error), 2
             except BrokenPipeError:
@@ -41,8 +69,13 @@ def command(verb: str):
                 return 0
             except OSError as error:
                 line, code = explain(error), 2
+            except Interrupted as stopped:
+                line, code = "interrupted", stopped.args[0]
             except KeyboardInterrupt:
                 line, code = "interrupted", 130
+            except Exception as error:
+                traceback.print_exc()
+                line, code = f"a bug of this tool, no verdict ({type(error).__name__})", BUG
             print(f"records {verb}: {printable(line, 1000)}", file=sys.stderr)
             return code
 

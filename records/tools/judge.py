@@ -1,54 +1,42 @@
-"""Judge a trainer as a black box: run it as a user would, change one thing, compare what comes out.
+"""Judge a trainer as a black box: run it as a race does, change one thing, compare what comes out.
 
     python -m records judge SCRIPT [-- flags for the trainer]
     python -m records judge records/laptop/NEW [--against records/laptop/OLD] [--json FILE]
 
 It needs of a script the flags of its track, the log format, a final checkpoint, and
-load_model(path) that gives a callable from tokens [B, T] to logits [B, T, V]. It runs
-`python train_gpt.py FLAGS` in new folders, with the real preset, and the data under the names that
-it has in a clone. The verdict is computed here, from what the runs leave; the first proof ends it.
+load_model(path) that gives a callable from tokens [B, T] to logits or log-probabilities [B, T, V].
+It starts the script in new folders, each run in a sandbox, on text that is drawn anew: documents in
+another order, cut, reversed or not, renumbered. Loss is scored here, from the final checkpoint, on
+validation text that no run was given. records/JUDGE.md says how, and what cannot be seen.
 
 what is changed                           what must come out
-nothing                                   a logged val_loss that is ours, from the checkpoint's
-                                          logits, all tokens once
-a row's later tokens, its neighbours,     the same logits at the positions asked for
+nothing                                   the logged val_loss is what the checkpoint scores
+a row's later tokens, its neighbours,     the same probabilities at the positions asked for
 its place, the batch's size
-validations on, checkpoints off, in the   the same losses
-folder of an earlier run
-nothing                                   step lines that come as fast as they say
-validation tokens, and training tokens    the same model: after one update, and at the end
-beyond the batch or the schedule
-the seed                                  another model
-the end of a short schedule is noise      a loss that rises, and a log that says so
-all tokens renumbered                     the same loss: what is learned comes from the shards
-the schedule's length                     as much work before the clock; validations that cost what
-                                          scoring costs; no process left
+validation text becomes noise, in the     the same model; a logged loss that rises with the noise
+folder that an earlier run left
+the track's own text becomes unknown      the same lead over the reference
 
-On CUDA no two runs are equal bit for bit: there the same means as near as two runs of the same, and
-the schedule is shortened. The runs of a judging differ in data and seed, and in how often they
-validate and save.
-
-Exit code 0: legal; 1: not legal, with reasons; 3: nothing against it, but not all could be seen;
-2: misuse.
+Time is not judged: a race measures the whole process. Exit code 0: legal; 1: not legal, with
+reasons; 3: nothing against it, but not all could be seen or decided; 2: misuse; 70: a bug of the
+judge, no verdict.
 """
 
-import contextlib
-import ctypes
+import concurrent.futures
 import hashlib
-import itertools
 import math
-import re
+import os
 import secrets
 import shlex
 import sys
 import time
-import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from records.tools import logs
+from records.tools import corpus as texts
+from records.tools import logs, runs
 from records.tools.command import (
     BadInput,
     Parser,
@@ -59,378 +47,372 @@ from records.tools.command import (
     printable,
     write_json,
 )
-from records.tools.judge_case import FIRST, Case, read_corpus, taken
-from records.tools.judge_runs import Training
-from records.tools.runs import Interrupted, interruptible
+from records.tools.corpus import ROOT, taken
+from records.tools.race import race_flags, score
+from records.tools.runs import Failed, Place, ask
 from records.tools.tracks import TRACKS
 
-CUDA_STEPS = 60  # of the shortened schedule
-SOURCE_LIMIT = 50_000  # bytes, compressed: room for 140 KB of code, not for a table of weights
-LEARNT = 0.4  # of what a run learns: more than one update teaches
-MANY = 20  # updates, of which one cannot teach so much
+CUDA_STEPS = 60  # of the shortened schedule on a GPU
+QUESTIONS = 1536  # positions at which the model is shown the prefix alone
+PROBED = 64  # rows of either text on which two models are compared
 LOSS = {False: 1e-3, True: 3e-3}  # nats between a logged val_loss and ours; True: on CUDA
-NUMBERS = 0.03  # nats that the tokens' numbers may be worth: ten times what seeds differ by ...
-UNTRAINED = 2  # ... and so many times as much with other flags than the track's
 EXACT, ROUNDED = 5e-4, 0.25  # nats between two losses of one token: in fp32, and at most
-AHEAD = 0.15  # nats by which the training losses of later runs may be lower, where none is repeated
 FEW = 0.01  # share of positions whose losses may differ by more, where there is noise
 LEAK = 0.003  # nats a token that later tokens may seem to be worth
-SEEN = (0.01, 0.1)  # share of the time between lines, and seconds, that may pass unlogged
-BY_FAR = 3  # times as much: no accident
-AT_ENDS = 5  # lines, of which the one that was seen soonest tells the time
-EFFORT = (1.3, 1.0)  # factor and seconds that work beside the clock may take above its yardstick
-LAST = (2, 0.3)  # ... and the last validation above those before it
-OWN_ORDER = "rows come in an order of its own: how many it reads cannot be told"
-NOT_SEEDED = "the same command gives other losses each time: not all that is random is seeded"
-NOT_SEEN = (
-    "a seed that was picked before (verify asks for seeds 0, 1, 2, ... in order)",
-    "rows trained on twice while the clock runs: they cost the time they take",
-    "work before the clock that knows nothing of the data, such as compiling",
-    "taste: read the change as well",
-)
+REPEATED = 5  # times as far apart as two runs of the same, and by ...
+UNSEEDED = 0.05  # ... so many nats: noise explains no more
+LEAD = 0.1  # nats of a lead that noise, other text and other numbers may take away
+VERDICTS = {0: "legal", 1: "not legal", 3: "nothing against it, but not all was seen or decided"}
 
 
 @dataclass(frozen=True)
 class Check:
     name: str
-    state: str  # pass, fail, not seen, or skipped
+    state: str  # pass, fail, not seen, not decided, void, or skipped
     reason: str
 
 
-# ------------------------------------------------------------------------------------------ checks
-# Each takes a Case and returns (state, reason); `after` names the jobs that it looks at.
+@dataclass
+class Trial:
+    """One run of a script: what it left, and what its final model scored."""
 
-CHECKS: list = []
+    name: str
+    why: str = "not run"  # it brought nothing; empty: it did
+    run: logs.Run | None = None
+    losses: dict = field(default_factory=dict)  # rows' name -> ours [N, T]
+    logits: np.ndarray | None = None  # at the positions asked, of prefixes alone
+    wall: float = 0.0
+    checkpoint_bytes: int = 0
+    touched: bool = False  # it changed its own file
+    unscored: str = ""  # why its model could not be scored
 
-
-def check(*after: str):
-    def add(look):
-        CHECKS.append((look, after))
-        return look
-
-    return add
-
-
-def why_not(case: Case, *runs: Training) -> str:
-    """Why these runs or their scores show nothing."""
-    jobs = [job for run in runs for job in (run, case.scores.get(run)) if job]
-    return next((f"{job.name}: {job.why}" for job in jobs if job.why), "too few step lines")
+    def mean(self, name: str) -> float | None:
+        return float(self.losses[name].mean()) if name in self.losses else None
 
 
-@check("base")
+class Judging:
+    """A script, its text, and its trials by name. Trials that share a folder are one job."""
+
+    def __init__(self, script: bytes, flags: list[str], track_text, reference: bytes, args):
+        self.script, self.reference, self.args = script, reference, args
+        self.flags, self.seed = flags, texts.whole_number(flags, "seed", 0)
+        self.rng = np.random.default_rng(args.dice)
+        self.track_text, self.text = track_text, track_text.drawn(self.rng)
+        self.other = track_text.drawn(self.rng, known=True)  # other validation text, as it is
+        self.noise = self.text.noise(self.rng)
+        self.ask_blind(self.text)
+        self.trials: dict[str, Trial] = {}
+
+    def ask_blind(self, text):
+        """One position of each of Q rows, all later tokens being of another text."""
+        rows = text.rows(text.hidden)
+        count, length = len(rows), text.length
+        asked = min(QUESTIONS, max(count, 4 * length))
+        self.at = np.sort(np.resize(np.arange(length), asked))  # short prefixes first
+        self.row = np.resize(self.rng.permutation(count), asked)
+        others = text.rows(text.shown)[np.resize(self.rng.permutation(count), asked)]
+        later = np.arange(length) > self.at[:, None]
+        shown = np.where(later, others[:, :-1], rows[self.row, :-1])
+        sizes = text.batches(asked, self.rng, count)  # no row twice in a batch
+        self.blind = shown, sizes, self.at
+        self.targets = rows[self.row, self.at + 1]
+
+    def job(self, name: str) -> list[tuple]:
+        """(name, script, text, flags, {rows' name: rows}) of each trial of a job."""
+        text, own = self.text, self.track_text
+        raced = race_flags(
+            texts.taken(self.flags, "val_every")[1] + ["--val_every", "0"], self.seed
+        )
+        steps = texts.whole_number(self.flags, "steps", self.args.steps)
+        watched = taken(raced, "val_every")[1] + ["--val_every", str(max(1, steps // 2))]
+        hidden = {"hidden": text.rows(text.hidden)}
+        probe = np.concatenate([text.rows(t)[:PROBED] for t in (text.hidden, text.shown)])
+        noise = self.noise.rows(self.noise.shown)
+        known = {"hidden": own.rows(own.hidden)}
+        renewed = {"hidden": self.other.rows(self.other.hidden)}
+        shown = ("shown", self.script, text, watched, {"probe": probe})
+        return {
+            "base": [("base", self.script, text, raced, hidden)],
+            "validation": [
+                shown,
+                ("noise", self.script, self.noise, watched, {"probe": probe, "noise": noise}),
+            ],
+            "again": [("again", *shown[1:])],
+            "known": [("known", self.script, own, raced, known)],
+            "reference": [("reference", self.reference, text, raced, hidden)],
+            "reference known": [("reference known", self.reference, own, raced, known)],
+            "renewed": [("renewed", self.script, self.other, raced, renewed)],
+            "reference renewed": [
+                ("reference renewed", self.reference, self.other, raced, renewed)
+            ],
+        }[name]
+
+    def do(self, name: str):
+        """Runs a job; what fails stands in its trials."""
+        place = None
+        try:
+            for kind, script, text, flags, rows in self.job(name):
+                trial = self.trials[kind] = Trial(kind)
+                if place is None:
+                    place = Place(script, text.files())
+                else:  # in the folder that the run before left
+                    place.fill(text.files())
+                self.one(trial, place, text, flags, rows)
+        finally:
+            if place:
+                place.close()
+
+    def one(self, trial: Trial, place: Place, text, flags, rows):
+        args, began = self.args, time.monotonic()
+        try:
+            trial.wall = place.train(flags, args.timeout, 1, args.processes)
+            trial.run, trial.why = logs.read_log(place.log())[0], ""
+            trial.touched = (place.folder / runs.SCRIPT).read_bytes() != place.script
+            trial.checkpoint_bytes = place.checkpoint().stat().st_size
+            dice = np.random.default_rng([args.dice, len(rows)])
+            trial.losses = score(place, text, rows, args.cuda, args.timeout, dice)
+            if trial.name == "base":
+                asked, found = {"blind": self.blind}, place.checkpoint()
+                answers = ask(
+                    place.script, found, self.noise.files(), asked, args.cuda, args.timeout
+                )
+                trial.logits = answers["blind"]
+        except Failed as error:
+            trial.unscored = str(error)
+            trial.why = trial.why and trial.unscored
+        print(
+            f"  {trial.name}: {trial.why or trial.unscored or 'done'} "
+            f"({time.monotonic() - began:.0f} s)",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def __getitem__(self, name: str) -> Trial:
+        return self.trials.get(name) or Trial(name)
+
+    # what is compared
+
+    def same(self, a: str, b: str) -> bool | None:
+        """Have two trials one model, by our losses? None: nothing to compare."""
+        x, y = (self[name].losses.get("probe") for name in (a, b))
+        return None if x is None or y is None else bool(np.abs(x - y).max() <= 1e-5)
+
+    def lead(self, text: str) -> float | None:
+        """Nats by which the candidate is ahead of the reference on a text."""
+        known = {"unknown": ("base", "reference"), "known": ("known", "reference known")}
+        pair = known.get(text, ("renewed", "reference renewed"))
+        mine, theirs = (self[name].mean("hidden") for name in pair)
+        if self.reference == self.script:
+            return None if mine is None else 0.0
+        return None if mine is None or theirs is None else theirs - mine
+
+
+def losses_of(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """-log softmax(logits)[target] in fp64, nats: logits [N, V], targets [N]."""
+    whole = np.array([np.logaddexp.reduce(row, dtype=np.float64) for row in logits])
+    return whole - logits[np.arange(len(logits)), targets]
+
+
+# -------------------------------------------------------------------------------------- the checks
+# Each takes a Judging and returns (state, reason).
+
+
+def unseen(case, *names):
+    """What keeps these trials from showing anything."""
+    why = (case[name].why or case[name].unscored for name in names)
+    return "not seen", next((f"{n}: {w}" for n, w in zip(names, why, strict=True) if w), "no loss")
+
+
 def source(case):
-    digest, size = hashlib.sha256(case.script).hexdigest(), len(zlib.compress(case.script, 9))
-    if size > SOURCE_LIMIT:
-        return "fail", f"the source has {size:,} bytes compressed, more than {SOURCE_LIMIT:,}"
-    run, log = case.base, case.base.run
-    if not run.ok:
-        return "not seen", why_not(case, run)
-    if run.touched:
+    trial, digest = case["known"], hashlib.sha256(case.script).hexdigest()
+    if trial.why:
+        return unseen(case, "known")
+    if trial.touched:
         return "fail", "train_gpt.py is not what it was before the run"
-    if log.source_bytes == 0 or log.source_sha256 != digest:
+    if trial.run.source_bytes and trial.run.source_sha256 != digest or not trial.run.source_bytes:
         return "fail", "the log's source is not the file that ran"
-    argv = log.header.get("argv", "")
-    if argv.split()[-len(run.flags) :] != run.flags:
-        return "fail", f"the log says {printable(argv)}, not {shlex.join(run.flags)}"
-    return "pass", f"the log's source is the file that ran; {size:,} bytes compressed"
+    return "pass", "the log's source is the file that ran"
 
 
-@check("base_score")
-def val_loss(case):
-    return scored(case, case.base)
+def logged_loss(case):
+    """Is the logged loss what the checkpoint scores, on text and on noise?"""
+    limit, found = LOSS[case.args.cuda], []
+    for name, rows in (("known", "hidden"), ("noise", "noise")):
+        trial = case[name]
+        ours, run = trial.mean(rows), trial.run
+        if ours is None or run.val_loss is None:
+            found.append(unseen(case, name))
+            continue
+        reason = f"{name}: the log says {run.val_loss:.4f}, its checkpoint scores {ours:.4f}"
+        if ours - run.val_loss > limit * max(1, ours / 2):
+            return "fail", reason
+        found.append(("pass", reason))
+    if found[1][0] == "pass" and case["noise"].mean("noise") < math.log(case.text.mark):
+        found[1] = "not seen", "the loss on noise did not rise, so a least loss shows nothing"
+    return max(found, key=lambda one: one[0] != "pass") if found[0][0] == "pass" else found[0]
 
 
-def scored(case, run):
-    """Is the logged loss ours?"""
-    ours, said = case.losses(run), (run.run and run.run.config or {}).get("val_tokens")
-    if not run.ok or ours is None:
-        return "not seen", why_not(case, run)
-    ours, logged = float(ours.mean()), run.run.val_loss
-    reason = f"{run.name}: the log says {logged:.6f}, its checkpoint scores {ours:.6f}"
-    if not abs(ours - logged) <= LOSS[case.cuda]:
-        return "fail", reason
-    wanted = int(taken(run.flags, "val_tokens")[0]["val_tokens"] or case.val_tokens)
-    if said != wanted:
-        return "fail", f"the log's config says {said} validation tokens, not {wanted}"
-    return "pass", f"{reason} on {said:,} tokens"
-
-
-@check("prefixes", "base_score")
 def causality(case):
-    """Each token's loss with its whole row in sight, and with another future."""
-    ours = case.losses(case.base)
-    if not case.prefixes.ok or ours is None:
-        return "not seen", case.prefixes.why or why_not(case, case.base)
-    whole = np.empty_like(ours)
-    whole[case.row_order] = ours
-    gain = case.prefix_losses() - whole[case.asked_row, case.asked_at]
+    """Each token's loss with its whole row in sight, and with another future, other neighbours."""
+    trial = case["base"]
+    if trial.logits is None:
+        return unseen(case, "base")
+    if trial.logits.shape[1] <= case.targets.max():
+        return "not seen", "its logits are not those of the track's tokens"
+    gain = losses_of(trial.logits, case.targets) - trial.losses["hidden"][case.row, case.at]
     limit = min(max(EXACT, 5 * float(np.median(np.abs(gain)))), ROUNDED)
     wrong = np.abs(gain) > limit
     mean, error = gain.mean(), gain.std() / math.sqrt(len(gain))
     if wrong.sum() >= max(2, FEW * len(gain) * (limit > EXACT)) or mean > LEAK + 4 * error:
-        places = ", ".join(map(str, np.unique(case.asked_at[wrong])[:4])) or "none alone"
+        places = ", ".join(map(str, np.unique(case.at[wrong])[:4])) or "none alone"
         reason = f"at {wrong.sum()} of {len(gain)} positions asked (such as {places}) the logits"
         return "fail", f"{reason} depend on later tokens or other rows, by {mean:.3f} nats a token"
     return "pass", f"{len(gain)} positions keep their logits with another future, among other rows"
 
 
-def learning(run: Training) -> float:
-    """Mean of the logged training losses."""
-    return float(np.mean([float(loss) for loss in run.losses.values()] or [math.nan]))
-
-
-@check("plain", "again_score")
-def plain_run(case):
-    """As users run it, in the folder of an earlier run, with validations, without checkpoints."""
-    a, b = case.base, case.plain
-    if not (a.ok and b.ok):
-        return "not seen", why_not(case, a, b)
-    ends = (a.run.val_loss, b.run.val_loss)
-    if not case.plain_differs() or case.cuda and abs(ends[0] - ends[1]) <= LOSS[True]:
-        return "pass", f"ends at {ends[1]:.6f}, with checkpoints at {ends[0]:.6f}"
-    later = case.scores[case.again].ok and [learning(run) for run in (b, case.again)]
-    if later and learning(a) - max(later) > AHEAD:
-        reason = f"{max(later):.2f} on average, that of the first run {learning(a):.2f}"
-        return "fail", f"the training losses of later runs are {reason}: they find something"
-    if not case.exact:
-        return "not seen", NOT_SEEDED
-    steps = [step for step, loss in sorted(a.losses.items()) if b.losses.get(step) != loss]
-    where = f"from step {steps[0]} on" if steps else "at the end"
-    reason = "with validations, without checkpoints, in the folder of another run"
-    return "fail", f"{reason} the losses differ {where}: val_loss {ends[1]}, not {ends[0]}"
-
-
-def lateness(run: Training) -> tuple[float, float]:
-    """Seconds between neighbouring lines of training batches, as seen, and those of them that are
-    not logged. A stamp may come late, so each end is the earliest of some."""
-    seen = unlogged = 0.0
-    for is_train, group in itertools.groupby(run.lines, lambda line: line.kind == "train"):
-        lines = list(group)
-        if not is_train or len(lines) < 2:
-            continue
-        behind = [line.seen - line.logged for line in lines]
-        some = max(1, min(AT_ENDS, len(lines) // 4))
-        seen += lines[-1].seen - lines[0].seen
-        unlogged += min(behind[-some:]) - min(behind[:some])
-    return seen, unlogged
-
-
-def taken_back(run: Training) -> float:
-    """Seconds that the clock lost while it stood: the first step after a pause takes as long as the
-    fastest of the others, and none takes less than nothing."""
-    pairs = list(itertools.pairwise(run.lines))
-    steps = [
-        (b.logged - a.logged) / (b.step - a.step)
-        for a, b in pairs
-        if a.kind == b.kind == "train" and b.step > a.step
-    ]
-    fastest = float(np.quantile(steps, 0.1)) if steps else 0.0
-    lost = 0.0
-    for a, b in pairs:
-        resumed = a.kind == "val" and b.kind == "train"
-        least = fastest * (b.step - a.step) if resumed else 0.0
-        lost += max(0.0, least - (b.logged - a.logged))
-    return lost
-
-
-@check("base", "plain", "again_score")
-def clock(case):
-    """Between the lines of training batches nothing happens but training."""
-    late, reason = [], ""
-    for run in (case.base, case.plain):
-        if not run.ok:
-            return "not seen", why_not(case, run)
-        (seen, unlogged), back = lateness(run), taken_back(run)
-        if seen < run.lines[-1].logged / 2:
-            return "not seen", f"{run.name}: too few lines of training batches come while it runs"
-        reason = f"{run.name}: {unlogged:.2f} s of {seen:.2f} s between lines are not logged"
-        share = (unlogged - SEEN[1]) / seen / SEEN[0]
-        if back > SEEN[0] * seen + SEEN[1]:
-            return "fail", f"{run.name}: the clock lost {back:.2f} s of {seen:.2f} s while it stood"
-        late += [(share, reason)] if share > 1 else []
-    if not late:
-        return "pass", reason
-    if max(run.checkpoints for run in (case.base, case.plain)) > 1:
-        return "not seen", f"{late[0][1]}, but it saved where nobody had asked for it"
-    if len(late) == 1 and late[0][0] < BY_FAR:  # once may be the machine's doing
-        return "not seen", f"{late[0][1]}; the other run is in time"
-    return "fail", late[0][1]
-
-
-@check("firsts", "again_score")
-def first_batch(case):
-    equal = case.same(case.first, case.early)
+def validation_text(case):
+    """The final model, where the validation text is noise and the folder holds an earlier run."""
+    equal = case.same("shown", "noise")
     if equal is None:
-        return "not seen", why_not(case, case.first, case.early)
+        return unseen(case, "shown", "noise")
     if equal:
-        return "pass", f"after one update, tokens beyond {FIRST} batches have done nothing"
-    if case.same(case.first, case.inside):
-        return "not seen", OWN_ORDER
-    if not case.exact:
-        return "not seen", NOT_SEEDED
-    reason = "after one update the models differ when only validation tokens and training tokens"
-    return "fail", f"{reason} beyond {FIRST} batches differ"
-
-
-@check("firsts", "base_score", "again_score")
-def first_update(case):
-    equal = case.same(case.first, case.reseeded)
-    values = [case.losses(run) for run in (case.first, case.base)]
-    if equal is None or values[1] is None:
-        return "not seen", why_not(case, case.first, case.reseeded, case.base)
-    if equal and case.exact:
-        return "fail", "with another seed the model after one update is the same"
-    start, (loss, end) = math.log(case.corpus.mark + 1), (value.mean() for value in values)
-    learnt = (start - loss) / (start - end)
-    reason = f"the model scores {loss:.2f} after one update, {learnt:.0%} of what the run learns"
-    if learnt > LEARNT and case.config.steps >= MANY:
-        return "fail", reason
-    ends = [case.scores[run].parameters[run].items() for run in (case.first, case.base)]
-    still = sorted(name for name, _ in ends[0] & ends[1])
-    after = f"; never moved after that: {printable(', '.join(still))}" if still else ""
-    return "pass", f"{reason}; with another seed it is another{after}"
-
-
-@check("lasts", "only_score", "again_score")
-def other_tokens(case):
-    equal = case.same(case.base, case.changed)
-    if equal is None:
-        return "not seen", why_not(case, case.base, case.changed)
-    if equal:
-        return "pass", "validation tokens, and training tokens beyond the schedule, do nothing"
-    if not case.own_order():
-        reason = "when only validation tokens and training tokens beyond the schedule differ"
-        return "fail", f"the final models differ {reason}"
-    if case.same(case.base, case.only_val) is False:
-        return "fail", "the final models differ when only the validation tokens differ"
-    return "not seen", OWN_ORDER
-
-
-@check("lasts")
-def rising_loss(case):
-    return scored(case, case.rising)
-
-
-@check("lasts", "base_score")
-def renumbered_tokens(case):
-    values = [case.losses(run) for run in (case.base, case.renumbered)]
-    if any(value is None for value in values):
-        return "not seen", why_not(case, case.base, case.renumbered)
-    known, other = (float(value.mean()) for value in values)
-    reason = f"the loss is {other:.4f} with all tokens renumbered, {known:.4f} as they are"
-    if other - known > NUMBERS * (UNTRAINED if case.args.note else 1):
-        return "fail", f"{reason}: the tokens' own numbers tell it something"
-    return scored(case, case.renumbered)[0], reason
-
-
-def pauses(run: Training) -> list[float]:
-    """Seconds of computing in and after each validation that are not logged. Where others compute
-    too, a step logs more than its own: no pause costs less than nothing."""
-    found, lines = [], run.lines
-    for before, line, after in zip(lines, lines[1:], [*lines[2:], lines[-1]], strict=False):
-        if line.kind == "val" and before.kind == "train":
-            later = after.spent - line.spent - (after.logged - line.logged)
-            found.append(line.spent - before.spent + max(0.0, later))
-    return found
-
-
-@check("lasts", "plain", "base_score")
-def beside_the_clock(case):
-    """Validations cost what scoring costs; what precedes the clock does not grow with the run. A
-    compiler's cache is cold in the first run alone, so the least of two whole runs counts."""
-    if not all(run.ok and run.lines for run in (case.base, case.plain, case.rising)):
-        return "not seen", why_not(case, case.base, case.plain, case.rising)
-    yardstick, found = case.base_score.answering, pauses(case.plain)
-    cost = max(max(pauses(case.base), default=0), float(np.median(found or [0])))
-    costs = f"{cost:.1f} s of computing for a validation, {yardstick:.1f} s for ours"
-    if case.base_score.ok and cost > EFFORT[0] * yardstick + EFFORT[1]:
-        return "fail", costs
-    *others, last = pauses(case.rising) or [0]
-    usual = float(np.median(others or [last]))
-    if last > LAST[0] * usual + LAST[1]:
+        return (
+            "pass",
+            "with noise for validation text, beside an earlier run, the model is the same",
+        )
+    if case["again"].why == "not run":
+        return "wanted", "again"
+    repeated = case.same("shown", "again")
+    if repeated is None:
+        return unseen(case, "again")
+    worth = abs(case["noise"].mean("probe") - case["shown"].mean("probe"))
+    reason = "the final model depends on the validation text, or on what an earlier run left"
+    if repeated:
         return (
             "fail",
-            f"{last:.1f} s of computing for the last validation, {usual:.1f} s for others",
+            f"{reason}: the probes' loss differs by {worth:.4f}, that of a repetition not",
         )
-    runs = case.base, case.plain, case.rising
-    *whole, short = (run.lines[0].spent - run.lines[0].logged for run in runs)
-    whole = min(whole)
-    if whole > EFFORT[0] * short + EFFORT[1]:
-        reason = f"{whole:.1f} s of computing are not logged when the first line comes"
-        return "fail", f"{reason}; in a short run {short:.1f} s"
-    return "pass", costs
+    noise = abs(case["again"].mean("probe") - case["shown"].mean("probe"))
+    seen = f"{worth:.3f} nats with noise for validation text, {noise:.3f} from run to run"
+    if worth > REPEATED * noise + UNSEEDED:
+        return "fail", f"{reason}: {seen}"
+    return "not decided", f"not all that is random is seeded: {seen}"
 
 
-@check("lasts", "only_score", "prefixes")
-def left_behind(case):
-    for run in case.trainings:
-        if run.left:
-            return "fail", f"{run.name}: a process was still there after its end: {run.left[0]}"
-    return "pass", "no process outlived its run"
+def identity(case):
+    """Is its lead over the reference there on text that it cannot know?"""
+    known, unknown = case.lead("known"), case.lead("unknown")
+    if known is None or unknown is None:
+        return unseen(case, "base", "known", "reference", "reference known")
+    told = (
+        f"{known:+.3f} nats ahead of the reference on the track's text, {unknown:+.3f} on unknown"
+    )
+    if known - unknown <= LEAD or known <= LEAD:
+        return "pass", told
+    if case["renewed"].why == "not run":
+        return "wanted", "renewed"
+    renewed = case.lead("renewed")
+    if renewed is None:
+        return unseen(case, "renewed", "reference renewed")
+    if renewed < known / 2 and known - renewed > LEAD:
+        return "fail", f"{told}, {renewed:+.3f} with other validation documents: it knows those"
+    return "void", f"it uses the identity of this track's tokens, worth nothing in a race: {told}"
 
 
-# ---------------------------------------------------------------------------------------- a record
+def claim(case):
+    """The record's own loss for the seed that was run here, on the track's text."""
+    run, claims = case["known"].run, case.args.claims
+    if not run or run.val_loss is None:
+        return unseen(case, "known")
+    ours, claimed = run.val_loss, claims.get(case.seed)
+    if claimed is None or case.args.note:
+        return "not seen", f"the record has no run of seed {case.seed} with these flags"
+    allowed = max(0.03, 5 * float(np.std(list(claims.values()))))
+    reason = f"seed {case.seed} ends at {ours:.4f} here, at {claimed:.4f} in the record"
+    return "pass" if abs(ours - claimed) <= allowed else "not decided", reason
 
 
+CHECKS = {  # in the order of what is run first: check, jobs that it looks at
+    causality: ("base",),
+    validation_text: ("validation", "again"),
+    source: ("known",),
+    logged_loss: ("known", "validation"),
+    identity: ("base", "known", "reference", "reference known", "renewed", "reference renewed"),
+}
+ON_DEMAND = {"again": ["again"], "renewed": ["renewed", "reference renewed"]}
+
+
+def facts(case) -> str:
+    """The memory age in a line: what a loss was bought with. Declared by the script, but for bytes
+    and seconds."""
+    trial, result = case["base"], case["base"].run.result if case["base"].run else None
+    if not result:
+        return "no result line: parameters and tokens are not known"
+    number = {key: logs.number(result.get(key)) for key in logs.DECLARED}
+    said = [
+        f"{what} {'?' if number[key] is None else format(number[key], ',.0f')}"
+        for key, what in logs.DECLARED.items()
+    ]
+    timed = (logs.number(result.get("train_time_ms")) or 0) / 1000
+    return ", ".join(
+        [
+            *said,
+            f"tokens that it could read {len(case.text.train):,}",
+            f"checkpoint {trial.checkpoint_bytes:,} bytes",
+            f"untimed {trial.wall - timed:.1f} of {trial.wall:.1f} s",
+        ]
+    )
+
+
+def judge(case: Judging, every_check: bool) -> list[Check]:
+    """The verdict, check by check. It ends with the first proof, unless every_check."""
+    checks = CHECKS | ({claim: ("known",)} if case.args.claims else {})
+    waiting = list(dict.fromkeys(n for jobs in CHECKS.values() for n in jobs))
+    waiting = [name for name in waiting if name not in sum(ON_DEMAND.values(), [])]
+    if case.reference == case.script:
+        waiting = [name for name in waiting if not name.startswith("reference")]
+    found, active = {}, {}
+    pool = concurrent.futures.ThreadPoolExecutor(1 if case.args.cuda or not runs.sandbox() else 2)
+    try:
+        while waiting or active:
+            for name in waiting:
+                active[pool.submit(case.do, name)] = name
+            waiting = []
+            done = concurrent.futures.wait(active, return_when="FIRST_COMPLETED").done
+            for job in done:
+                active.pop(job)
+                job.result()
+            for look, names in checks.items():
+                if look not in found and not set(names) & set(active.values()):
+                    state, reason = look(case)
+                    if state == "wanted":
+                        waiting += ON_DEMAND[reason]
+                    else:
+                        found[look] = state, reason
+            if not every_check and any(state == "fail" for state, _ in found.values()):
+                break
+    finally:
+        runs.cancelled.set()
+        pool.shutdown(cancel_futures=True)
+        runs.cancelled.clear()
+    skipped = ("skipped", "a proof was found before")
+    return [Check(look.__name__.replace("_", " "), *found.get(look, skipped)) for look in checks]
+
+
+# -------------------------------------------------------------------------------------------- main
 def read_record(folder: Path) -> tuple[list[str], str | None, dict]:
-    """Flags, track and {seed: val_loss} of a record folder. Errors: BadInput if it has no logs."""
+    """Flags, track and {seed: val_loss} of a record folder. Raises BadInput if it has no logs."""
     found = [run for path in sorted(folder.glob("run_*.txt")) for run in logs.read_log(path)]
     claims = {run.seed: run.val_loss for run in found if run.val_loss and type(run.seed) is int}
     if not claims:
         raise BadInput(f"{folder}: no run_*.txt with a seed and a val_loss; is it a record?")
-    argv = found[0].header.get("argv", "").split()
     track = folder.resolve().parent.name
-    flags = taken(argv, "seed", "val_every", "log_dir")[1]
-    return flags, track if track in TRACKS else None, claims
-
-
-def claim(case):
-    """The record's own loss for the seed that was run here."""
-    run, claims = case.plain, case.args.claims
-    if not run.ok:
-        return "not seen", why_not(case, run)
-    ours, claimed = run.run.val_loss, claims.get(case.seed)
-    if claimed is None or case.args.note:
-        return "not seen", f"the record has no run of seed {case.seed} with these flags"
-    allowed = max(NUMBERS, 5 * float(np.std(list(claims.values()))))
-    reason = f"seed {case.seed} ends at {ours:.4f} here, at {claimed:.4f} in the record"
-    return "pass" if abs(ours - claimed) <= allowed else "fail", reason
-
-
-def beside_another(case, other: Training) -> Check:
-    """Told, not judged; what is faster, a race decides."""
-    runs = (case.plain, other)
-    if not all(run.ok and run.lines for run in runs):
-        return Check("against", "not seen", why_not(case, *runs))
-    told = [f"{run.lines[-1].logged:.1f} s to {run.run.val_loss:.4f}" for run in runs]
-    reason = f"{told[0]}; the other {told[1]} (one pair shows little: race)"
-    return Check("against", "pass", reason)
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
-def parse(argv: list[str]):
-    """(our arguments, flags for the trainer)"""
-    at = argv.index("--") if "--" in argv else len(argv)
-    parser = Parser("judge", __doc__)
-    parser.add_argument("script", type=Path, help="a trainer, or a record folder")
-    parser.add_argument("--against", type=Path, metavar="RECORD", help="run this one beside it")
-    parser.add_argument("--track", choices=sorted(TRACKS), help="[the record's, or laptop]")
-    parser.add_argument(
-        "--json", type=new_file, metavar="FILE", help="write the verdict there, too"
-    )
-    limit, dice = number_in(float, 1), number_in(int, 0)
-    parser.add_argument("--timeout", type=limit, default=3600, help="seconds a run may take [3600]")
-    parser.add_argument("--dice", type=dice, help="seed of what is asked, to judge alike [drawn]")
-    parser.add_argument("--every_check", action="store_true", help="go on after the first proof")
-    args = parser.parse_args(argv[:at])
-    args.dice = secrets.randbits(32) if args.dice is None else args.dice
-    return args, argv[at + 1 :]
+    given = taken(found[0].header.get("argv", "").split(), "seed", "val_every", *texts.LOCAL)[1]
+    return given, track if track in TRACKS else None, claims
 
 
 def read_script(path: Path) -> bytes:
-    place = path / "train_gpt.py" if path.is_dir() else path
+    place = path / runs.SCRIPT if path.is_dir() else path
     if not place.is_file():
         raise BadInput(f"{path}: no such trainer; name a script or a record folder")
     source = place.read_bytes()
@@ -441,100 +423,85 @@ def read_script(path: Path) -> bytes:
     return source
 
 
-def prepare(args, flags: list[str]) -> Case:
+def newest(track: str) -> Path:
+    """The record of the track that a candidate is held against, or this repository's trainer."""
+    known = sorted(TRACKS[track].settled)
+    return ROOT / "records" / track / known[-1] if known else ROOT / runs.SCRIPT
+
+
+def parse(argv: list[str]):
+    """(our arguments, flags for the trainer)"""
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = Parser("judge", __doc__)
+    add, limit, dice = parser.add_argument, number_in(float, 1), number_in(int, 0)
+    add("script", type=Path, help="a trainer, or a record folder")
+    add("--against", type=Path, metavar="RECORD", help="the reference [the track's newest record]")
+    add("--track", choices=sorted(TRACKS), help="[the record's, or laptop]")
+    add("--json", type=new_file, metavar="FILE", help="write the verdict there, too")
+    add("--timeout", type=limit, default=3600, help="seconds a run may take [3600]")
+    add("--dice", type=dice, help="seed of what is drawn, to judge alike [secret]")
+    add("--every_check", action="store_true", help="go on after the first proof")
+    args = parser.parse_args(argv[:at])
+    args.dice = secrets.randbits(64) if args.dice is None else args.dice
+    return args, argv[at + 1 :]
+
+
+def prepare(args, flags: list[str]) -> Judging:
     script, track = read_script(args.script), None
-    args.claims, seed = {}, 0
+    args.claims = {}
     if args.script.is_dir():
         recorded, track, args.claims = read_record(args.script)
-        flags, seed = recorded + flags, min(args.claims)
+        flags = (
+            recorded
+            + flags
+            + ([] if taken(flags, "seed")[0]["seed"] else ["--seed", str(min(args.claims))])
+        )
     args.track = args.track or track or "laptop"
-    need("torch")
+    need("torch", "psutil")
     import torch
 
-    import train_gpt
-
-    for name, value in taken(flags, "seed", "steps", "val_tokens")[0].items():
-        if value and not re.fullmatch("[0-9]{1,18}", value):
-            raise BadInput(f"--{name} {value}: must be a whole number")
-    given, extra = taken(flags, "preset", "seed", "device", "steps")
-    name, cuda = given["preset"] or TRACKS[args.track].preset, args.track != "laptop"
-    name = name or "gpt2_small"
-    if name not in train_gpt.PRESETS:
-        raise BadInput(f"--preset {name}: must be one of {', '.join(train_gpt.PRESETS)}")
-    if cuda and not torch.cuda.is_available():
+    args.cuda = args.track != "laptop"
+    if args.cuda and not torch.cuda.is_available():
         raise BadInput(f"track {args.track} needs a CUDA device; --track laptop needs none")
-    steps = given["steps"] or (CUDA_STEPS if cuda else None)
-    extra += ["--steps", str(steps)] if steps else []
+    name, preset = texts.preset_of(flags, TRACKS[args.track].preset or "gpt2_small")
+    extra = taken(flags, "preset", "seed", "device")[1]
+    if args.cuda and not taken(flags, "steps")[0]["steps"]:
+        extra += ["--steps", str(CUDA_STEPS)]
     args.note = f"not the track's flags: {shlex.join(extra)}" if extra else ""
-    flags = ["--preset", name, *extra, "--seed", given["seed"] or str(seed)]
-    flags += ["--device", given["device"]] if given["device"] else []
+    args.steps, args.processes = preset.steps, int(os.environ.get("NPROC", 1)) if args.cuda else 1
+    given = taken(flags, "device")[0]["device"]
+    seed = texts.whole_number(flags, "seed", 0)
+    flags = [*extra, "--seed", str(seed)] + (["--device", given] if given else [])
     digests = TRACKS["laptop"].files if name == "laptop" else None
-    limit = 2 * CUDA_STEPS * 2**20 if cuda else None
-    corpus = read_corpus(flags, train_gpt.PRESETS[name], limit, digests)
-    return Case(script, flags, corpus, train_gpt.PRESETS[name], cuda, args)
+    limit = 2 * CUDA_STEPS * 2**20 if args.cuda else None
+    text = texts.track_corpus(flags, preset, limit, digests)
+    reference = read_script(args.against or newest(args.track))
+    return Judging(script, ["--preset", name, *flags], text, reference, args)
 
 
-def judge(args, flags: list[str]) -> list[Check]:
-    """The verdict, check by check. It ends with the first proof, unless args.every_check."""
-    case, found = prepare(args, flags), {}
-    checks = CHECKS + [(claim, ("plain",))] * bool(args.claims)
-
-    def settled():
-        for look, after in checks:
-            if look not in found and all(getattr(case, name).over for name in after):
-                found[look] = look(case)
-        return not args.every_check and any(state == "fail" for state, _ in found.values())
-
-    extra = []
-    if args.against:
-        script, options = read_script(args.against), dict(needs=(case.plain,)) | case.options
-        words = case.plain.flags
-        extra = [Training("the other", script, words, case.corpus.files, **options)]
-    case.run(settled, *extra)
-    settled()
-    skipped = ("skipped", "a proof was found before")
-    told = [Check(c.__name__.replace("_", " "), *found.get(c, skipped)) for c, _ in checks]
-    return told + [beside_another(case, run) for run in extra]
-
-
-def report(args, checks: list[Check], seconds: float) -> int:
+def tell(args, case: Judging, checks: list[Check], seconds: float) -> int:
     states = {check.state for check in checks}
     code = 1 if "fail" in states else 3 if states != {"pass"} else 0
-    verdict = {0: "legal", 1: "not legal", 3: "nothing against it, but not judged in full"}[code]
-    told = set()
     for check in checks:
-        reason = "for the same reason" if check.reason in told else check.reason
-        told.add(check.reason)
-        print(f"{check.state:<9} {check.name:<18} {reason}")
-    print("\nWhat no run can show:", *NOT_SEEN, sep="\n    ")
-    digest = hashlib.sha256(read_script(args.script)).hexdigest()
-    print(f"\n{printable(args.script)} (sha256 {digest[:12]}), track {args.track}: {verdict}")
+        print(f"{check.state:<11} {check.name:<15} {check.reason}")
+    print(f"{'facts':<27} {facts(case)}")
+    print(f"\n{runs.about_the_sandbox()}")
+    digest = hashlib.sha256(case.script).hexdigest()
+    print(f"{printable(args.script)} (sha256 {digest[:12]}), track {args.track}: {VERDICTS[code]}")
     if args.note:
         print(args.note)
     if args.json:
-        facts = dict(script=str(args.script), sha256=digest, track=args.track, verdict=verdict)
-        facts |= dict(note=args.note, dice=args.dice, seconds=round(seconds, 1))
-        write_json(args.json, facts | dict(checks=[asdict(check) for check in checks]))
+        told = dict(script=str(args.script), sha256=digest, track=args.track, code=code)
+        told |= dict(verdict=VERDICTS[code], note=args.note, dice=args.dice, facts=facts(case))
+        told |= dict(seconds=round(seconds, 1), sandbox=runs.sandbox())
+        write_json(args.json, told | dict(checks=[asdict(check) for check in checks]))
     return code
-
-
-def change_name():
-    """A process list shows a shell, not a judge (Linux)."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        start, end = (int(fields[i]) for i in (45, 46))  # of the argument vector
-        ctypes.memmove(start, b"bash".ljust(end - start, b"\0"), end - start)
 
 
 @command("judge")
 def main(argv) -> int:
     args, flags = parse(argv)
     began = time.monotonic()
-    change_name()
-    try:
-        with interruptible():
-            checks = judge(args, flags)
-    except Interrupted as stopped:
-        print("records judge: interrupted, no verdict", file=sys.stderr)
-        return stopped.args[0]
-    return report(args, checks, time.monotonic() - began)
+    case = prepare(args, flags)
+    checks = judge(case, args.every_check)
+    return tell(args, case, checks, time.monotonic() - began)

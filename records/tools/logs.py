@@ -51,6 +51,11 @@ HEADER = re.compile(
     rb"|config): ?"
     rb"([^\r\n]*)"
 )
+DECLARED = {  # of a result line: what a loss was bought with, as the script says
+    "param_count": "parameters",
+    "optimizer_state_bytes": "bytes of optimizer state",
+    "tokens": "tokens trained",
+}
 RESULT = re.compile(rb"\n(\{\"[^\r\n]*)")
 
 

@@ -1,72 +1,66 @@
-"""Running trainers as a user would: each in a session of its own, timed by a stopwatch of ours."""
+"""Running scripts: one process runner, one stopwatch, one sandbox, for race and judge alike."""
 
 import contextlib
-import json
-import math
+import ctypes
+import functools
 import os
 import platform
 import re
-import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from data import shards
 from setup.launch import MALLOC
+from records.tools.command import Interrupted, interruptible, printable  # noqa: F401
 
 GRACE = 15  # seconds between SIGTERM and SIGKILL
-POLL = 0.01  # seconds between two looks at the log
-STEP = re.compile(rb"step:(\d{1,9})/(\d{1,9}) (train|val)_loss:")
-RULE = re.compile(rb"={20,}\s*$")
+POLL = 0.01  # seconds between two looks at a process
+MOST_BYTES = 16 << 30  # that a run may write: endless logs and checkpoints end there
+PR_SET_CHILD_SUBREAPER = 36
+SCRIPT = "train_gpt.py"
+cancelled = threading.Event()  # set: the calls of all threads end
+# As root of its own namespaces. Arguments: the folder, the home, places to keep, --, the command.
+# Open files and the working directory reach what a mount hides.
+UNSHARED = r"""
+set -e
+cd "$1"; folder=$1; home=$2; shift 2
+kept=; n=3
+while [ "$1" != -- ]; do eval "exec $n<\"\$1\""; kept="$kept $n:$1"; n=$((n + 1)); shift; done
+shift
+mount --make-rprivate /
+mount -t proc proc /proc
+ip link set lo up 2>/dev/null || true
+while read -r _ place kind options _; do
+    case "$kind,$options" in *,ro,*|proc,*|sysfs,*|cgroup*|dev*|mqueue,*) continue;; esac
+    flags=$(echo "$options" | tr , '\n' | grep -xE 'nosuid|nodev|noexec|noatime|relatime' || true)
+    mount -o "remount,bind,ro$(for f in $flags; do printf ",$f"; done)" "$(printf '%b' "$place")"
+done < /proc/self/mounts
+for place in /tmp /dev/shm "$home"; do mount -t tmpfs tmpfs "$place"; done
+for one in $kept; do
+    place=${one#*:}
+    mkdir -p "$place" 2>/dev/null || true
+    mount -c --bind "/proc/self/fd/${one%%:*}" "$place" && mount -o remount,bind,ro "$place"
+done
+mkdir -p "$folder"
+mount -c --bind . "$folder"
+mount -o remount,bind,rw "$folder"
+cd "$folder"
+exec 3<&- 4<&- 5<&-
+"$@" &
+wait $!
+"""
 
 
 class Failed(Exception):
     """A run that brought no result, and why."""
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM; the argument is the exit code."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """One finished run: what the stopwatch measured, and what its log says."""
-
-    time_ms: float  # training, by the stopwatch
-    wall_ms: float  # from start to exit
-    loss: float  # final validation loss, nats per token
-    log: Path
-    line: dict  # the log's last line
-
-    @property
-    def logged_ms(self) -> float:
-        return float(self.line["train_time_ms"])
-
-    @property
-    def data(self) -> str:
-        """What was trained and validated on: shards by their hashes, and how much of them."""
-        config = self.line.get("config") or {}
-        tokens = self.line.get("val_tokens", config.get("val_tokens"))
-        return json.dumps([self.line.get("data_sha256"), tokens], sort_keys=True)
-
-
-@contextlib.contextmanager
-def interruptible():
-    """SIGINT, SIGTERM and SIGHUP raise Interrupted inside: a running trainer is ended first."""
-
-    def interrupt(number, frame):
-        raise Interrupted(128 + number)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # nohup
-    before = {number: signal.signal(number, interrupt) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def environment(threads: int = 1) -> dict[str, str]:
@@ -84,17 +78,12 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} threads"
 
 
+# ---------------------------------------------------------------------------------- the processes
 def launch(command, output, **options) -> subprocess.Popen:
     """Starts a command in a session of its own; what it says goes to `output`."""
     streams = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     words = [str(word) for word in command]
     return subprocess.Popen(words, start_new_session=True, **streams, **options)
-
-
-def trainer(script, flags, processes: int) -> list:
-    """The command of a training run by so many processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *torchrun * (processes > 1), script, *flags]
 
 
 def stop(process, grace: float = GRACE):
@@ -111,152 +100,238 @@ def stop(process, grace: float = GRACE):
         process.wait()
 
 
-# ------------------------------------------------------------------------------- the stopwatch
+def adopt_orphans():
+    """Processes that lose their parent become ours, so that none can hide (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-class Stopwatch:
-    """Stamps the lines of a run as they come to light, in what it prints and in the log that it
-    appends to. A line's moment is that of its first sight; what it says about time is not read."""
+def offspring(known=()) -> list:
+    """Our children that still run, with theirs, but for those in `known`: psutil's processes."""
+    import psutil
 
-    def __init__(self, now=time.monotonic):
-        self.now = now
-        self.started = now()
-        self.opening = None  # the newest line while there is no step line
-        self.lines = {}  # step line -> seconds, in order of sight
-        self.trained = 0  # training lines among them
-        self.rest = {}  # source -> bytes after its last newline
-
-    def read(self, source, data: bytes):
-        """Takes what has newly come from `source`, any hashable name."""
-        moment = self.now()
-        *lines, self.rest[source] = (self.rest.get(source, b"") + data).split(b"\n")
-        for line in lines:
-            if found := STEP.match(line):
-                self.trained += line not in self.lines and found[3] == b"train"
-                self.lines.setdefault(line, moment)
-            elif not self.lines:
-                self.opening = moment
-            elif RULE.match(line) and moment - next(iter(self.lines.values())) < 1:
-                self.lines.clear()  # they stood in the source, at the head of the log
-                self.trained = 0
-
-    def training_seconds(self) -> float:
-        """Time up to each training line since the line in front of it: validations end in lines of
-        their own, so they are left out. Steps without a training line count as the mean of the
-        others. Failed where there are no training lines to time."""
-        seconds, counted, planned = 0.0, 0, 0
-        at, since = 0, self.opening
-        for line, moment in self.lines.items():
-            found = STEP.match(line)
-            step, planned, kind = int(found[1]), int(found[2]), found[3]
-            if kind == b"train" and since is not None and step > at:
-                seconds += moment - since
-                counted += step - at
-            at, since = step, moment
-        if not counted or not seconds:
-            raise Failed("no training lines could be timed while it ran")
-        return seconds * planned / counted
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if child not in known and child.status() != psutil.STATUS_ZOMBIE:
+                found.append(child)
+    return found
 
 
-class Tail:
-    """The logs in a folder, as they grow."""
-
-    def __init__(self, folder: Path | None, watch: Stopwatch):
-        self.folder, self.watch, self.offsets = folder, watch, {}
-
-    def follow(self):
-        """Shows the stopwatch what has been appended since the last call."""
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(self.folder) if self.folder else ():
-                if entry.name.endswith(".txt") and entry.is_file(follow_symlinks=False):
-                    self.read(entry.path)
-
-    def read(self, path: str):
-        start = self.offsets.get(path, 0)
-        if os.path.getsize(path) <= start:
-            return
-        with open(path, "rb") as file:
-            file.seek(start)
-            data = file.read()
-        self.offsets[path] = start + len(data)
-        self.watch.read(path, data)
-
-
-def pump(process, file, tail: Tail, deadline: float, enough: float) -> bytes:
-    """Everything that the process prints goes into `file` and past the stopwatch, until it ends or
-    has shown `enough` training lines. Returns the end of it. Raises Failed after the deadline."""
-    last = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while True:
-            ended = process.poll() is not None
-            ready = selector.select(POLL)
-            data = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
-            tail.follow()
-            tail.watch.read(None, data)
-            file.write(data)
-            last = (last + data)[-2000:]
-            if ready and not data:  # the end of the pipe
-                selector.unregister(process.stdout)
-            elif ended and not ready:  # something that it started may hold the pipe open
-                return last
-            if tail.watch.trained >= enough:
-                return last
-            if time.monotonic() > deadline:
-                raise Failed("timeout")
+def written(folder) -> int:
+    """Bytes of the files under a folder."""
+    total = 0
+    for top, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(top, name)).st_size
+    return total
 
 
 def call(
-    command, output: Path, timeout: float, env=None, cwd=None, logs=None, enough=math.inf
-) -> Stopwatch:
-    """Runs a command, what it prints going through a pipe into the file `output`. Returns the
-    stopwatch that saw the pipe and the logs in the folder `logs`. Raises Failed unless the command
-    exits 0 within `timeout` seconds, or has shown `enough` training lines by then and was stopped.
-    Nothing that it started in its session outlives the call."""
-    watch = Stopwatch()
-    process = launch(command, subprocess.PIPE, env=env, cwd=cwd)
+    command, output: Path, timeout: float, env=None, cwd=None, folder=None, alone=False
+) -> float:
+    """Runs a command, what it prints going into the file `output`. Returns the seconds from its
+    start to its end; with `alone`, to the end of the last process that it started, in whatever
+    session. Raises Failed unless it exits 0 within `timeout` seconds and writes no more than
+    MOST_BYTES to `output` and `folder`. Nothing that it started outlives the call."""
+    adopt_orphans()
+    known = offspring() if alone else []
+    begun = looked = time.monotonic()
+    with open(output, "wb") as file:
+        process = launch(command, file, env=env, cwd=cwd)
     try:
-        with open(output, "wb") as file:
-            last = pump(process, file, Tail(logs, watch), watch.started + timeout, enough)
-        code = process.wait() if watch.trained < enough else 0
-    except Failed:
-        raise Failed(f"not finished after {timeout:g} s") from None
+        while process.poll() is None or alone and offspring(known):
+            now = time.monotonic()
+            if cancelled.is_set():
+                raise Failed("interrupted")
+            if now - begun > timeout:
+                raise Failed(f"not finished after {timeout:g} s")
+            if now - looked > 1:
+                looked = now
+                size = os.path.getsize(output) + (written(folder) if folder else 0)
+                if size > MOST_BYTES:
+                    raise Failed(f"it writes without end: more than {MOST_BYTES >> 30} GiB")
+            time.sleep(POLL)
+        seconds = time.monotonic() - begun
     finally:
-        stop(process)
-        process.stdout.close()
-    if code:
-        lines = [line for line in last.decode(errors="replace").splitlines() if line.strip()]
-        raise Failed(f"exit code {code}: {(lines or ['no output'])[-1][:300]}")
-    return watch
+        stop(process, grace=0 if alone or folder else GRACE)
+        for child in offspring(known) if alone else ():
+            with contextlib.suppress(Exception):  # it may have gone by itself
+                child.kill()
+    if process.returncode:
+        raise Failed(f"exit code {process.returncode}: {last_words(output)}")
+    return seconds
 
 
-def read_result(folder: Path, watch: Stopwatch) -> Result:
-    """The result of the only log in `folder`. Raises Failed where there is none."""
-    logs = sorted(folder.glob("*.txt"))
-    if len(logs) != 1:
-        raise Failed(f"it wrote {len(logs)} logs")
-    with open(logs[0], "rb") as file:
-        file.seek(max(0, os.path.getsize(logs[0]) - (1 << 20)))
-        last = file.read().rstrip().rpartition(b"\n")[2]
-    try:
-        line = json.loads(last)
-        loss, logged = float(line["val_loss"]), float(line["train_time_ms"])
-    except (ValueError, TypeError, KeyError):
-        raise Failed("its log ends without a result line") from None
-    if not (math.isfinite(loss) and 0 < logged < math.inf):
-        raise Failed(f"val loss {loss}, train time {logged} ms")
-    time_ms = round(1000 * watch.training_seconds(), 1)
-    wall_ms = round(1000 * (watch.now() - watch.started))
-    return Result(time_ms, wall_ms, loss, logs[0], line)
+def last_words(output: Path) -> str:
+    with open(output, "rb") as file:
+        file.seek(max(0, os.path.getsize(output) - 4000))
+        lines = file.read().decode(errors="replace").strip().splitlines()
+    return printable(lines[-1].strip() if lines else "no output", 300)
 
 
-def train(
-    script: Path, flags, folder: Path, timeout: float, threads=1, processes=1, enough=math.inf
-) -> Result | None:
-    """Runs a trainer once, alone, with its log in the new folder `folder`. With `enough`, stops it
-    after so many training lines, and there is no result."""
-    folder.mkdir(parents=True)
-    command = trainer(script, [*flags, "--log_dir", folder], processes)
-    env = environment(threads)
-    watch = call(command, folder / "output", timeout, env, logs=folder, enough=enough)
-    return read_result(folder, watch) if watch.trained < enough else None
+# ------------------------------------------------------------------------------------ the sandbox
+def kept_places(home: str) -> list[str]:
+    """What a run needs of the home that it does not see: its Python."""
+    prefixes = {os.path.realpath(p) for p in (sys.prefix, sys.base_prefix)} | {sys.prefix}
+    return sorted(p for p in prefixes if Path(p).is_relative_to(home) or p.startswith("/tmp/"))
+
+
+def boxed(box: str, words, folder) -> list:
+    """The command that runs `words` in a sandbox: its own processes, network, /tmp and home, a
+    disk that it can read and not write, but for the folder, in which it starts."""
+    folder, home = str(folder), str(Path.home())
+    kept = kept_places(home)
+    if box == "unshare":
+        apart = "--user --map-root-user --pid --fork --kill-child --mount --net --ipc".split()
+        return ["unshare", *apart, "sh", "-c", UNSHARED, "sh", folder, home, *kept, "--", *words]
+    apart = "--die-with-parent --unshare-pid --unshare-net --unshare-ipc --ro-bind / /".split()
+    apart += "--dev-bind /dev /dev --tmpfs /dev/shm --proc /proc --tmpfs /tmp".split()
+    apart += ["--tmpfs", home]
+    for place in kept:
+        apart += ["--ro-bind", place, place]
+    return ["bwrap", *apart, "--bind", folder, folder, "--chdir", folder, "--", *words]
+
+
+@functools.cache
+def sandbox() -> str | None:
+    """The sandbox that works on this machine: bwrap, unshare, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        for box in ("bwrap", "unshare"):
+            words = boxed(box, [sys.executable, "-c", "open('written', 'w')"], folder)
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                done = subprocess.run(words, capture_output=True, timeout=20)
+                if done.returncode == 0 and os.path.exists(os.path.join(folder, "written")):
+                    return box
+    return None
+
+
+def about_the_sandbox() -> str:
+    box = sandbox()
+    if box:
+        return f"every run in a sandbox ({box}): own processes, network, home and /tmp"
+    return (
+        "NO SANDBOX on this machine: install bubblewrap, or allow user namespaces; a run can see "
+        "and leave what it likes"
+    )
+
+
+# ------------------------------------------------------------------------------------ the trainers
+class Place:
+    """A folder like a user's clone, with a script and shards, in which it runs. The name tells
+    nothing, and race and judge make it alike."""
+
+    def __init__(self, script: bytes, files: dict):
+        """files: {path in the folder: tokens}."""
+        home = str(Path.home())
+        where = home if os.access(home, os.W_OK) else None
+        self.folder = Path(tempfile.mkdtemp(prefix="speedrun_", dir=where))
+        self.script, self.older = script, set()
+        self.fill(files)
+
+    def fill(self, files: dict):
+        (self.folder / SCRIPT).write_bytes(self.script)
+        for path, tokens in files.items():
+            place = self.folder / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shards.write_shard(place, tokens)
+            shards.record(place.parent, {place.name: shards.sha256_file(place)})
+
+    def run(self, words, timeout: float, threads: int = 1) -> float:
+        """Seconds from start to the end of the last process. Raises Failed."""
+        box = sandbox()
+        env = environment(threads) | {"PWD": str(self.folder)}
+        words = boxed(box, words, self.folder) if box else words
+        # what it prints lies beside the folder, which it may empty
+        output = self.folder.with_name(self.folder.name + ".output")
+        return call(words, output, timeout, env, self.folder, self.folder, alone=not box)
+
+    def train(self, flags, timeout: float, threads: int = 1, processes: int = 1) -> float:
+        self.older = {*self.files("logs/*.txt"), *self.files("checkpoints/**/*.pt")}
+        return self.run(trainer(SCRIPT, flags, processes), timeout, threads)
+
+    def files(self, pattern: str) -> list[Path]:
+        """Regular files: to open a pipe would wait for its writer."""
+        return sorted(
+            path for path in self.folder.glob(pattern) if path.is_file() and not path.is_symlink()
+        )
+
+    def new(self, pattern: str, what: str) -> list[Path]:
+        """What the newest run left. Raises Failed where there is nothing."""
+        found = [path for path in self.files(pattern) if path not in self.older]
+        if not found:
+            raise Failed(f"it left no {what} in {pattern.partition('/')[0]}/")
+        return found
+
+    def log(self) -> Path:
+        return max(self.new("logs/*.txt", "log"), key=os.path.getmtime)
+
+    def checkpoint(self) -> Path:
+        """The final one, by the last number in its name."""
+
+        def step(path):
+            return int((re.findall(r"\d+", path.stem) or ["0"])[-1][-18:])
+
+        return max(self.new("checkpoints/**/*.pt", "checkpoint"), key=step)
+
+    def keep(self, place: Path):
+        """Copies what it printed and its log to a folder."""
+        output = self.folder.with_name(self.folder.name + ".output")
+        place.mkdir(parents=True, exist_ok=True)
+        for path in [output, *self.files("logs/*.txt")[-1:]]:
+            if path.exists():
+                name = "output" if path == output else path.name
+                shutil.copyfile(path, place / name)
+
+    def close(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.with_name(self.folder.name + ".output").unlink(missing_ok=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+
+def trainer(script, flags, processes: int) -> list:
+    """The command of a training run by so many processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [sys.executable, *torchrun * (processes > 1), script, *flags]
+
+
+# ----------------------------------------------------------------------------------- its score
+ANSWER = Path(__file__).with_name("answer.py")
+
+
+def ask(script: bytes, checkpoint: Path, files: dict, questions: dict, cuda: bool, timeout: float):
+    """What the model of a checkpoint answers, in a process that sees these files and nothing else.
+
+    questions: {name: (rows, sizes of batches, positions or None)}. Returns {name: losses [N, T] of
+    the targets, or with positions logits [N, V] there}, and what the model says of its size.
+    Raises Failed."""
+    with Place(script, files) as place:
+        shutil.copyfile(checkpoint, place.folder / "model.pt")
+        shutil.copyfile(ANSWER, place.folder / "answer.py")
+        for name, (rows, sizes, at) in questions.items():
+            np.savez(
+                place.folder / f"{name}.npz",
+                rows=rows.astype(np.int64),
+                sizes=sizes,
+                at=np.array([] if at is None else at, int),
+            )
+        device = "cuda" if cuda else "cpu"
+        try:
+            place.run([sys.executable, "answer.py", device, *questions], timeout)
+        except Failed as error:
+            raise Failed(f"load_model's model cannot be asked ({error})") from None
+        answers = {}
+        for name, (rows, _, at) in questions.items():
+            path = place.folder / f"{name}.answers"
+            shape = (len(rows), rows.shape[1] - 1) if at is None else (len(rows), -1)
+            try:
+                answers[name] = np.fromfile(path, "<f4").reshape(shape)
+            except (OSError, ValueError):
+                raise Failed("load_model's model gives no logits [B, T, V]") from None
+        return answers

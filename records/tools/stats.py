@@ -77,6 +77,66 @@ def verdict(found: dict, level: float) -> str | None:
     return None
 
 
+def times_of(race: dict) -> dict[str, list[float]]:
+    """{"reference": [ms], "candidate": [ms]} of a race.json: the wall clock of each run less the
+    start-up that it was measured with. Races before December 2026 timed the lines of the log."""
+    if "startup_ms" not in race:
+        return race["times_ms"]
+    walls, starts = race["wall_ms"], race["startup_ms"]
+    return {
+        who: [wall - start for wall, start in zip(walls[who], starts[who], strict=True)]
+        for who in ("reference", "candidate")
+    }
+
+
+def outcome(race: dict, margin: float | None = None) -> dict:
+    """What follows from what a race measured and planned: the only place where it is computed.
+
+    compare()'s numbers, level (of one look), faster ("yes", "no", "not shown"), and word: what is
+    shown, in short."""
+    margin = race["loss_margin"] if margin is None else margin
+    found = compare(times_of(race), race["losses"], margin)
+    level = race["alpha"] / len(race["looks"])
+    faster = verdict(found, level) or "not shown"
+    low, high = found["ci"] or (0.0, math.inf)
+    word = "faster" if faster == "yes" else "slower" if low > 1 else "no difference shown"
+    if faster != "yes" and high < 1:
+        word = "less time; equal loss not shown"
+    return found | {"level": level, "faster": faster, "word": word, "margin": margin}
+
+
+def why_not_faster(found: dict) -> str:
+    """Empty where outcome() shows that the candidate is faster, else what it does not show."""
+    if found["faster"] == "yes":
+        return ""
+    if found["p_value"] is None or found["p_value"] >= found["level"]:
+        ratio, p = (shown(found[key], ".3f") for key in ("ratio", "p_value"))
+        return f"it does not show less time: ratio {ratio}, p = {p}"
+    worse = found["loss_candidate"]["mean"] - found["loss_reference"]["mean"]
+    return (
+        f"it does not show a loss as good: {worse:+.4f} against the reference, "
+        f"p = {found['p_loss_not_worse']:.2g} at a margin of {found['margin']:g}"
+    )
+
+
+def shown(value, form=".2g") -> str:
+    return "?" if value is None else format(value, form)
+
+
+def interval(found: dict) -> str:
+    """ "0.812 [0.795, 0.829]" of what outcome() found."""
+    text = shown(found["ratio"], ".3f")
+    return text + " [{:.3f}, {:.3f}]".format(*found["ci"]) if found["ci"] else text
+
+
+def plus_minus(values: dict, scale=1.0, digits=4) -> str:
+    """ "1.4987 ± 0.0012" of a dict made by mean_std()."""
+    if values["mean"] is None:
+        return "?"
+    text = f"{values['mean'] / scale:.{digits}f}"
+    return text if values["std"] is None else f"{text} ± {values['std'] / scale:.{digits}f}"
+
+
 def planned_looks(runs: int, looks: int) -> list[int]:
     """Rounds after which a race of `runs` rounds may be decided."""
     rounds = (max(MIN_PAIRS, math.ceil(runs * i / looks)) for i in range(1, looks + 1))
