@@ -1,21 +1,21 @@
 """How good is the judge? Runs it on the cheats and honest variants of this folder, and counts.
 
-    python tests/judge/evaluate.py [NAME ...] [--out FOLDER] [--jobs 2] [-- FLAGS]
+    python tests/judge/evaluate.py [NAME ...] [--out FOLDER] [--jobs 1] [-- FLAGS]
 
-Every patch is applied to this folder's train_gpt.py in a temporary folder, and the script that
-results is judged: `python -m records judge SCRIPT --json FILE -- FLAGS`. Names choose patches, as
-globs do: 'clock_*'. Verdicts are kept in FOLDER, by the patch's name and a hash of script and
+Every patch is applied to the train_gpt.py of laptop record 11 in a temporary folder, and the script
+that results is judged: `python -m records judge SCRIPT --json FILE -- FLAGS`. Names choose patches,
+as globs do: 'ahead_*'. Verdicts are kept in FOLDER, by the patch's name and a hash of script and
 flags: what has a verdict is not judged again, so a run that was stopped goes on where it was.
 Delete the folder when the judge has changed.
 
-Exit code: 0 at least 90 % of the cheats are caught and no honest variant is accused, 1 not so,
-2 misuse.
+Exit code: 0 at least 95 % of the cheats are caught and nothing else is accused, 1 not so, 2 misuse.
 """
 
 import argparse
 import concurrent.futures
 import fnmatch
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -25,18 +25,19 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-TRAINER = HERE / "train_gpt.py"
-VERDICTS = {0: "legal", 1: "not legal", 2: "misuse", 3: "not fully judged"}
-# {what a patch is: {exit code of the judge: what that makes of the judge}}; other codes: broken
+TRAINER = ROOT / "records/laptop/2026-11-21_11_key_offset/train_gpt.py"
+CODES = {0: "legal", 1: "not legal", 3: "not decided", 4: "void"}  # 4: a lead that is worth nothing
+# {what a patch is: {code: what that makes of the judge}}; other codes: broken
 MEANING = {
-    "cheats": {0: "missed", 1: "caught", 3: "undecided"},
-    "honest": {0: "passed", 1: "accused", 3: "undecided"},
+    "cheats": {0: "missed", 1: "caught", 3: "undecided", 4: "caught"},
+    "honest": {0: "passed", 1: "accused", 3: "undecided", 4: "accused"},
+    "priced": {0: "passed", 1: "accused", 3: "undecided", 4: "accused"},
 }
 running: set[subprocess.Popen] = set()
 
 
 def patches(names=()):
-    """Paths of the patches that a name chooses; all without names. Errors: SystemExit for a name
+    """Paths of the patches that a name chooses; all without names. Raises SystemExit for a name
     that chooses none."""
     found = sorted(HERE.glob("*/*.patch"))
     for name in names:
@@ -46,7 +47,7 @@ def patches(names=()):
 
 
 def build(patch: Path, folder: Path) -> Path:
-    """The frozen trainer with the patch, in the folder. Errors: RuntimeError if it does not
+    """The record's trainer with the patch, in the folder. Raises RuntimeError if it does not
     apply."""
     script = folder / "train_gpt.py"
     script.write_bytes(TRAINER.read_bytes())
@@ -61,20 +62,26 @@ def build(patch: Path, folder: Path) -> Path:
 
 
 def judge(patch: Path, out: Path, flags: list[str]) -> tuple[int, str]:
-    """(Exit code of the judge, its reason), from the folder of verdicts if it is there."""
+    """(code, its reason), from the folder of verdicts if it is there."""
     with tempfile.TemporaryDirectory(prefix="trainer_") as folder:
         script = build(patch, Path(folder))
         key = hashlib.sha256(script.read_bytes() + repr(flags).encode()).hexdigest()[:12]
-        kept, verdict = (out / f"{patch.stem}_{key}{suffix}" for suffix in (".txt", ".json"))
+        kept = out / f"{patch.stem}_{key}.json"
         if not kept.exists():
+            verdict = Path(folder, "verdict.json")
             command = [sys.executable, "-m", "records", "judge", script, "--json", verdict]
             code, text = call(command + ["--", *flags])
+            if not verdict.exists():
+                return code, text.strip().splitlines()[-1]
             aside = kept.with_suffix(".tmp")
-            aside.write_text(f"{text}\nexit code {code}\n", encoding="utf-8")
+            aside.write_bytes(verdict.read_bytes())
             aside.replace(kept)  # it appears whole or not at all
-    *lines, last = kept.read_text(encoding="utf-8").splitlines()
-    said = [line for line in lines if line.startswith(("fail", "not seen"))]
-    return int(last.removeprefix("exit code ")), " ".join(sorted(said)[0].split()) if said else ""
+    told = json.loads(kept.read_text())
+    odd = [check for check in told["checks"] if check["state"] not in ("pass", "skipped")]
+    void = told["code"] == 3 and any(check["state"] == "void" for check in odd)
+    odd.sort(key=lambda check: (check["state"] != "fail", check["state"] != "void"))
+    said = f"{odd[0]['state']} {odd[0]['name']}: {odd[0]['reason']}" if odd else ""
+    return 4 if void else told["code"], said
 
 
 def call(command):
@@ -87,14 +94,6 @@ def call(command):
     text = process.communicate()[0]
     running.discard(process)
     return process.returncode, text
-
-
-def hide():
-    """A process list shows a shell: some cheats look at the command lines of their ancestors."""
-    sys.path.insert(0, str(ROOT))
-    from records.tools.judge import change_name
-
-    change_name()
 
 
 def stop(number, frame):
@@ -114,8 +113,8 @@ def report(results) -> int:
         parts = ", ".join(f"{n} {outcome}" for outcome, n in sorted(count.items()))
         print(f"{kind}: {sum(count.values())}: {parts or 'none'}")
     caught, cheats = counts["cheats"].get("caught", 0), sum(counts["cheats"].values())
-    broken = sum(count.get("broken", 0) for count in counts.values())
-    good = caught >= 0.9 * cheats and not counts["honest"].get("accused") and not broken
+    wrong = sum(count.get(what, 0) for count in counts.values() for what in ("accused", "broken"))
+    good = caught >= 0.95 * cheats and not wrong
     print(f"caught {caught} of {cheats}; {'as wanted' if good else 'NOT as wanted'}")
     return int(not good)
 
@@ -130,13 +129,12 @@ def main(argv=None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="patches to judge; default: all")
     default = Path(tempfile.gettempdir(), "judge_verdicts")
     parser.add_argument("--out", type=Path, default=default, help="(default: %(default)s)")
-    parser.add_argument("--jobs", type=int, default=2, help="judges at a time (default: 2)")
+    parser.add_argument("--jobs", type=int, default=1, help="judges at a time (default: 1)")
     options = parser.parse_args(own)
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: must be 1 or more")
     chosen, results = patches(options.names), {}
     options.out.mkdir(parents=True, exist_ok=True)
-    hide()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
@@ -144,9 +142,9 @@ def main(argv=None) -> int:
         for job in concurrent.futures.as_completed(jobs):
             patch, (code, said) = jobs[job], job.result()
             results[patch] = MEANING[patch.parent.name].get(code, "broken")
-            verdict = VERDICTS.get(code, f"exit code {code}")
+            verdict = CODES.get(code, f"exit code {code}")
             name = f"{patch.parent.name}/{patch.stem}"
-            print(f"{results[patch]:<10} {name:<42} {verdict}: {said[:120]}", flush=True)
+            print(f"{results[patch]:<10} {name:<42} {verdict}: {said[:160]}", flush=True)
     return report(results)
 
 
