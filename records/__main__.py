@@ -14,9 +14,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 VERBS = {
     "verify": "read logs and record folders; do they support their claim?",
-    "judge": "run a trainer and compare: is it causal, is its validation whole, its clock honest?",
-    "race": "run trainers in turn, paired: is one of them faster?",
-    "submit": "make a record folder from logs",
+    "judge": "run a trainer and compare: is it causal, does it know nothing of the text?",
+    "race": "run two trainers in turn, paired: is one of them faster?",
+    "submit": "make a record folder: race a script, or take logs",
     "board": "write the leaderboards from the record folders",
     "plot": "draw validation loss over time and tokens",
     "runs": "one table of training runs",
@@ -25,9 +25,7 @@ VERBS = {
 }
 MEASUREMENTS = {
     "vs_nanogpt": "the laptop run against nanoGPT's CPU recipe, on the same bytes",
-    "step_share": "what a step costs beside forward, backward and update",
     "cost": "minutes on some cards, estimated from tokens and operations per token",
-    "loader_speed": "tokens per second that the loader delivers",
 }
 
 

@@ -8,19 +8,16 @@ history.png and loss.png. --check writes nothing and exits with 1 where a text i
 
 Only folders that pass verify have a place. The one_gpu and laptop tracks are ranked by paired
 races, because seconds of different machines cannot be compared: a record's race.json holds the
-ratio of its train time to a reference record's on one machine, the product of these ratios along
-the chain of references is its time relative to the track's first record, and only the first record
-and winners of their race are ranked.
+times of a race against a reference record on one machine, the product of their ratios along the
+chain of references is its time relative to the track's first record, and only the first record and
+winners of their race are ranked.
 """
 
-import datetime
-import math
 import os
 import re
 import sys
-from dataclasses import dataclass
 
-from records.tools import folders, plot, verify
+from records.tools import folders, plot, stats
 from records.tools.command import (
     BadInput,
     Parser,
@@ -32,7 +29,9 @@ from records.tools.command import (
     replace_between,
     write_atomic,
 )
+from records.tools.folders import Record
 from records.tools.logs import number
+from records.tools.stats import plus_minus
 from records.tools.tracks import TRACKS
 
 MARKED = {7.8: "preset nov2024", 0.665: "preset gpt2_small"}  # of the public history
@@ -83,74 +82,30 @@ PUBLIC_DAYS = """
 """.split()
 
 
-@dataclass
-class Record:
-    """One record folder: its files, and what verify thinks of it."""
-
-    name: str
-    track: str
-    result: dict
-    race: dict | None = None
-    reference: str | None = None  # name of the record it raced against
-    refused: str = ""  # why verify does not pass it
-    unranked: str = ""  # why it has no place although verify passes it
-    relative: float | None = None  # train time over that of the track's first record
-
-    @property
-    def title(self) -> str:
-        return re.sub(r"^\d{4}-\d\d-\d\d_", "", self.name).replace("_", " ")
-
-    @property
-    def loss(self) -> str:
-        return verify.plus_minus(self.result["val_loss"])
-
-    @property
-    def link(self) -> str:
-        return f"[{self.name}]({self.track}/{self.name})"
-
-
-def read_record(folder: str, track: str) -> Record:
-    """A folder and its verdict. Of one that verify refuses nothing else is read."""
-    name, group = os.path.basename(folder), folders.check_record(folder, track)
-    if not group.ok:
-        return Record(name, track, {}, refused=group.reasons[0])
-    result = folders.read_json(os.path.join(folder, "result.json"), [])
-    record = Record(name, track, result, unranked=group.unranked)
-    path = os.path.join(folder, "race.json")
-    if os.path.lexists(path):
-        record.race = folders.read_json(path, [])
-        record.reference = folders.reference_of(record.race)
-    return record
+def title(record: Record) -> str:
+    return re.sub(r"^\d{4}-\d\d-\d\d_", "", record.name).replace("_", " ")
 
 
 def read_track(track: str) -> list[Record]:
     """The track's records by date and name, with their time relative to the first one."""
     place = os.path.join(folders.RECORDS, track)
     names = sorted(os.listdir(place)) if os.path.isdir(place) else []
-    paths = [os.path.join(place, name) for name in names if not name.startswith(".")]
-    records = [read_record(path, track) for path in paths if os.path.isdir(path)]
-    good = [record for record in records if not record.refused]
-    by_name = {record.name: record for record in good}
-    for record in good:
+    paths = [os.path.join(place, name) for name in names if name != "__pycache__"]
+    records = [folders.check_record(path, track) for path in paths if os.path.isdir(path)]
+    good = [record for record in records if record.ok]
+    by_name, settled = {record.name: record for record in good}, TRACKS[track].settled
+    best = good[0] if good else None
+    for record in good if TRACKS[track].raced else ():
         record.relative = relative_time(record, by_name, good[0])
-        if TRACKS[track].raced and record.relative is None and not record.unranked:
-            record.unranked = "its race leads to no record that is here"
-    if TRACKS[track].raced:
-        demand_the_best(good, TRACKS[track].settled)
-    return records
-
-
-def demand_the_best(records: list[Record], settled):
-    """A place takes a race against the fastest record of its day: a ratio against a slower one says
-    nothing of who is faster."""
-    best = records[0] if records else None
-    for record in records:
-        met = record is best or record.reference == best.name or record.name in settled
-        if not met and not record.unranked:
+        if record.relative is None:
+            record.unranked = record.unranked or "its race leads to no record that is here"
+        elif record is not best and record.reference != best.name and record.name not in settled:
+            # a ratio against a slower one says nothing of who is faster
             words = f"it was raced against {record.reference}, when {best.name} was the fastest"
-            record.unranked = words
+            record.unranked = record.unranked or words
         if not record.unranked and record.relative < best.relative:
             best = record
+    return records
 
 
 def relative_time(record, by_name, first) -> float | None:
@@ -158,12 +113,19 @@ def relative_time(record, by_name, first) -> float | None:
     tail."""
     product, seen = 1.0, set()
     while record is not first:
-        if record is None or record.race is None or record.name in seen:
+        if record is None or record.found is None or record.name in seen:
             return None
         seen.add(record.name)
-        product *= float(record.race["ratio"])
+        product *= record.found["ratio"]
         record = by_name.get(record.reference)
     return product
+
+
+def peak(record: Record) -> float:
+    """Bytes of memory of the run that took most."""
+    return max(
+        number((run.result or {}).get("peak_memory_bytes")) or 0 for run in record.group.runs
+    )
 
 
 def ranked(track: str, records: list[Record]) -> list[Record]:
@@ -173,19 +135,10 @@ def ranked(track: str, records: list[Record]) -> list[Record]:
         if TRACKS[track].raced:
             return record.relative, record.name
         if track == "memory":
-            peak = number(record.result.get("peak_memory_bytes"))
-            return peak if peak else math.inf, record.name
-        return record.result["train_time_ms"]["mean"], record.name
+            return peak(record), record.name
+        return record.group.train_time["mean"], record.name
 
-    return sorted((r for r in records if not r.refused and not r.unranked), key=key)
-
-
-def race_text(record: Record) -> str:
-    """ "0.812 [0.795, 0.829]"."""
-    if record.race is None:
-        return "–"
-    low, high = record.race["ci"]
-    return f"{record.race['ratio']:.3f} [{low:.3f}, {high:.3f}]"
+    return sorted((r for r in records if r.ok and not r.unranked), key=key)
 
 
 def row(*cells) -> str:
@@ -203,45 +156,34 @@ def leaderboard(track: str, records: list[Record]) -> str:
     lines = [row("#", "record", *columns, "val loss", "n")]
     lines.append("|---:|---|" + "---:|" * (len(columns) + 2))
     for place, record in enumerate(ranked(track, records), 1):
-        cells = measured(track, record)
-        lines.append(row(place, record.link, *cells, record.loss, record.result["n"]))
-    lines += [""] * any(record.refused or record.unranked for record in records)
+        link = f"[{record.name}]({track}/{record.name})"
+        n = len(record.group.runs)
+        lines.append(row(place, link, *measured(track, record), plus_minus(record.level), n))
+    lines += [""] * any(record.unranked or not record.ok for record in records)
     for record in records:
-        if record.unranked:
-            lines.append(f"- Not ranked: {record.link}: {markdown(record.unranked, 300)}.")
-        elif record.refused:
-            name, why = markdown(record.name, 80), markdown(record.refused, 300)
+        if not record.ok:
+            name, why = markdown(record.name, 80), markdown(record.group.reasons[0], 300)
             lines.append(f"- Refused by verify: {name}: {why}.")
+        elif record.unranked:
+            link = f"[{record.name}]({track}/{record.name})"
+            lines.append(f"- Not ranked: {link}: {markdown(record.unranked, 300)}.")
     return "\n".join(lines)
 
 
 def measured(track: str, record: Record) -> list[str]:
     """The cells of what the track is ranked by."""
     if TRACKS[track].raced:
-        against = f" against {record.reference}" if record.reference else ""
-        return [f"{record.relative:.3f}", race_text(record) + against]
+        race = f"{stats.interval(record.found)} against {record.reference}" if record.found else "–"
+        return [f"{record.relative:.3f}", race]
     if track == "memory":
-        peak = number(record.result.get("peak_memory_bytes"))
-        return [f"{peak / 2**30:.2f} GiB" if peak else "–"]
-    return [f"{verify.plus_minus(record.result['train_time_ms'], 1000, 2)} s"]
-
-
-def effect(record: Record) -> str:
-    """What the race says in a word or two."""
-    if record.race is None:
-        return "start"
-    if not folders.why_not_faster(record.race):
-        return "faster"
-    low, high = record.race["ci"]
-    if low > 1:
-        return "slower"
-    return "less time; equal loss not shown" if high < 1 else "no difference shown"
+        return [f"{peak(record) / 2**30:.2f} GiB"]
+    return [f"{plus_minus(record.group.train_time, 1000, 2)} s"]
 
 
 def ablation(records: list[Record]) -> str:
     """What each piece buys: the laptop records in order, each against the one it was raced
     against."""
-    records = [record for record in records if not record.refused]
+    records = [record for record in records if record.ok]
     if not records:
         return "No laptop record yet."
     against = "train time against the step before [95 % CI]"
@@ -249,11 +191,12 @@ def ablation(records: list[Record]) -> str:
     lines.append("|---|---:|---:|---:|---|---:|")
     previous = None
     for r in records:
-        text = race_text(r)
-        if r.race is not None and r.reference != previous:
+        text = stats.interval(r.found) if r.found else "–"
+        if r.found and r.reference != previous:
             text += f" (against {r.reference})"
         total = f"{r.relative:.3f}" if r.relative is not None else "–"
-        lines.append(row(r.title, r.loss, r.result["n"], text, effect(r), total))
+        word = r.found["word"] if r.found else "start"
+        lines.append(row(title(r), plus_minus(r.level), len(r.group.runs), text, word, total))
         previous = r.name
     return "\n".join(lines)
 
@@ -327,7 +270,7 @@ def draw_laptop(axis, laptop: list[Record]):
         text = dict(xytext=(4, 6), textcoords="offset points", fontsize=9)
         axis.annotate(f"{record.relative:.3f}", (i, record.relative), **text)
     axis.set_xticks(
-        range(len(known)), [r.title for r in known], rotation=35, ha="right", fontsize=8
+        range(len(known)), [title(r) for r in known], rotation=35, ha="right", fontsize=8
     )
     log_scale(axis, (0.1, 0.2, 0.5, 1))
     axis.set_ylim(min(0.08, *values) * 0.9, max(values) * 1.35)
@@ -364,15 +307,15 @@ def draw_loss(path, laptop: list[Record]):
     best = ranked("laptop", laptop)[::-1]
     picture = Figure(figsize=(8.5, 4.6), dpi=110, layout="constrained")
     axis = picture.subplots()
-    for i, record in enumerate(best):
-        loss = record.result["val_loss"]
-        end, colour = (record.relative, loss["mean"]), plot.COLOURS[i % len(plot.COLOURS)]
-        axis.errorbar(*end, yerr=loss["std"], fmt="o", color=colour, capsize=3)
-        low = (record.relative, loss["mean"] - loss["std"])
-        # one below the other where they stand close
-        level = sum(0.75 < other.relative / record.relative < 1.33 for other in best[:i])
-        place = dict(xytext=(0, -12 - 11 * level), textcoords="offset points", ha="center")
-        axis.annotate(record.title, low, color=colour, fontsize=8, **place)
+    place = os.path.join(folders.RECORDS, "laptop")
+    for record, colour in zip(best[-len(plot.COLOURS) :], plot.COLOURS, strict=False):
+        curve = plot.load([os.path.join(place, record.name)])[0]
+        curve.scale = record.relative / curve.runs[0].planned
+        line = plot.mean_line(curve, "steps", train=True)
+        axis.plot(*line.T, color=colour, linewidth=1.6)
+        end = record.relative, record.level["mean"]
+        axis.errorbar(*end, yerr=record.level["std"], fmt="o", color=colour, capsize=2)
+    draw_names(axis, best[-len(plot.COLOURS) :])
     target = TRACKS["laptop"].target
     axis.axhline(target, color="black", linewidth=0.9, linestyle=(0, (4, 3)))
     axis.annotate(
@@ -393,6 +336,27 @@ def draw_loss(path, laptop: list[Record]):
     axis.set_ylabel("final validation loss, mean and deviation over seeds")
     axis.grid(alpha=0.25, linewidth=0.6)
     plot.save(picture, path)
+
+
+def draw_names(axis, records: list[Record]):
+    """The records' names below their last points, stacked where these are close."""
+    level, previous = 0, None
+    lowest = min(record.level["mean"] for record in records)
+    for record, colour in sorted(
+        zip(records, plot.COLOURS, strict=False), key=lambda pair: pair[0].relative
+    ):
+        close = previous is not None and record.relative < 1.8 * previous
+        level = level + 1 if close else 0
+        end, previous = (record.relative, lowest), record.relative
+        axis.annotate(
+            title(record),
+            end,
+            xytext=(0, -24 - 11 * level),
+            color=colour,
+            textcoords="offset points",
+            fontsize=8,
+            ha="center",
+        )
 
 
 def draw_pictures(laptop: list[Record]):
@@ -428,14 +392,15 @@ def main(argv) -> int:
         for path, new in stale.items():
             write_atomic(path, new.encode())
         draw_pictures(tracks["laptop"])
-    records = [record for track in tracks.values() for record in track]
-    for record in records:
-        if record.refused:
-            print(f"records board: {record.track}/{record.name}: {record.refused}", file=sys.stderr)
-        elif TRACKS[record.track].raced and record.name not in TRACKS[record.track].settled:
-            line = f'"{record.name}": "{record.result["source_sha256"]}"'
-            print(f"records board: new; once it is in, settle it in tools/tracks.py: {line}")
-    plural = "s" * (len(records) != 1)
+    for track, records in tracks.items():
+        for record in records:
+            if not record.ok:
+                why = record.group.reasons[0]
+                print(f"records board: {track}/{record.name}: {why}", file=sys.stderr)
+            elif TRACKS[track].raced and record.name not in TRACKS[track].settled:
+                line = f'"{record.name}": "{record.group.source_sha256}"'
+                print(f"records board: new; once it is in, settle it in tools/tracks.py: {line}")
+    count = sum(map(len, tracks.values()))
     done = f"rewrote {names}" if stale else "the text was up to date"
-    emit(f"{len(records)} record{plural}; {done}")
+    emit(f"{count} record{'s' * (count != 1)}; {done}")
     return 0

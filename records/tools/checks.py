@@ -149,7 +149,12 @@ def check_result(run: Run) -> list[str]:
         reasons.append(
             f"train_time of the last line and of the result do not agree: {last_time} and {time}"
         )
-    every = number(config.get("val_every"))
+    return reasons + check_lines(run)
+
+
+def check_lines(run: Run) -> list[str]:
+    """That it validates when its config says, and names its data by hash."""
+    every, reasons = number(run.config.get("val_every")), []
     odd = [step for step, _, _ in run.val if step != run.planned and (not every or step % every)]
     if every is not None and odd:
         reasons.append(f"validates at step {odd[0]}, which val_every {every:g} does not ask for")

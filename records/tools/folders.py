@@ -470,13 +470,11 @@ def check_runs(record: Record) -> list[str]:
         timed = zip(race["times_ms"]["candidate"], runs, strict=False)
         if any(abs(ms - (run.train_time or 0)) > 0.02 * ms for ms, run in timed):
             reasons.append("its candidate's times are not those of the runs here")
-    threads = {
-        (re.findall(r"(\d+) threads", str(run.header.get("cpu"))) or ["?"])[-1] for run in runs
-    }
+    cpus = [str(run.header.get("cpu")) for run in runs]
+    threads = {(re.findall(r"(\d+) threads", cpu) or ["?"])[-1] for cpu in cpus}
     if "threads" in race and threads != {str(race["threads"])}:
-        reasons.append(
-            f"it ran {printable(race['threads'], 20)} threads, the runs here {', '.join(sorted(threads))}"
-        )
+        here, there = ", ".join(sorted(threads)), printable(race["threads"], 20)
+        reasons.append(f"it ran {there} threads, the runs here {here}")
     if {run.header.get("device") for run in runs} != {race.get("device")}:
         reasons.append(f"it ran on {printable(race.get('device'), 40)}, the runs here did not")
     return reasons

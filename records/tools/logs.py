@@ -56,6 +56,7 @@ DECLARED = {  # of a result line: what a loss was bought with, as the script say
     "optimizer_state_bytes": "bytes of optimizer state",
     "tokens": "tokens trained",
 }
+MEMORY = re.compile(rb"\npeak memory (?:consumption|allocated): (\d{1,9}) MiB")
 RESULT = re.compile(rb"\n(\{\"[^\r\n]*)")
 
 
@@ -75,6 +76,7 @@ class Run:
     data: dict | None = None  # file name -> sha256
     result: dict | None = None  # the JSON line
     resumed: bool = False
+    memory: float | None = None  # peak, bytes, where a public log says it
     planned: int | None = None  # steps
     last_step: int = -1
     last_time: float = -1.0
@@ -107,7 +109,10 @@ class Run:
 
     @property
     def train_time(self) -> float | None:
-        return self.val[-1][2] if self.val else None
+        """Of the last line, or of the result where that is later: on a busy machine it is."""
+        said = number((self.result or {}).get("train_time_ms"))
+        last = self.val[-1][2] if self.val else None
+        return last if last is None or said is None else max(last, said)
 
     @property
     def seed(self):
@@ -308,6 +313,8 @@ class _Reader:
             self.in_header = end < 0
         if b"\nresumed:" in text:
             self.run.resumed = True
+        if found := MEMORY.search(text):
+            self.run.memory = float(found[1]) * 2**20
         steps = self.read_steps(text)
         if self.result_seen and steps:
             self.problem("after", "holds step lines after the result line")

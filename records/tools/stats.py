@@ -110,7 +110,7 @@ def why_not_faster(found: dict) -> str:
     if found["faster"] == "yes":
         return ""
     if found["p_value"] is None or found["p_value"] >= found["level"]:
-        ratio, p = (shown(found[key], ".3f") for key in ("ratio", "p_value"))
+        ratio, p = shown(found["ratio"], ".3f"), shown(found["p_value"])
         return f"it does not show less time: ratio {ratio}, p = {p}"
     worse = found["loss_candidate"]["mean"] - found["loss_reference"]["mean"]
     return (

@@ -1,11 +1,14 @@
-"""Build a record folder from logs.
+"""Build a record folder.
 
-    python -m records submit NAME LOG... --track laptop --race race.json --what TEXT --why TEXT
+    python -m records submit NAME idea.py --track laptop --what TEXT --why TEXT   races it first
+    python -m records submit NAME logs/race_<date> --track laptop ...             a race's folder
+    python -m records submit NAME LOG... --track speed ...                        runs by their logs
 
-The folder records/<track>/<date>_<name>/ gets one train_gpt.py (out of the logs), the logs without
-it and with thinned training lines, result.json, the race's race.json on the tracks that are ranked
-by race, and a README.md whose table is machine-written and whose two sentences are yours. It is
-built aside and verified; a folder that would fail is not made, and the reasons are printed.
+On the tracks that are ranked by race, a script is raced against the track's fastest record; where
+it wins, the folder is made of that race. The folder records/<track>/<date>_<name>/ gets one
+train_gpt.py, the logs without it and with thinned training lines, race.json, and a README.md whose
+two sentences are yours. It is built aside and verified; a folder that would fail is not made, and
+the reasons are printed.
 
 Exit code: 0 made, 1 verify would refuse it, 2 misuse.
 """
@@ -17,19 +20,10 @@ import re
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
-from records.tools import folders, logs, verify
-from records.tools.command import (
-    BadInput,
-    Parser,
-    command,
-    markdown,
-    need,
-    printable,
-    write_atomic,
-    write_json,
-)
-from records.tools.runs import Interrupted, interruptible
+from records.tools import board, checks, folders, logs, race
+from records.tools.command import BadInput, Parser, command, markdown, need, printable, write_atomic
 from records.tools.tracks import TRACKS
 
 TRAIN_LINES = (50, 20, 8, 2)  # training lines kept per log: the first that fits MAX_FOLDER
@@ -41,10 +35,6 @@ README = """# {title}
 **What changed.** {what}
 
 **Why it works.** {why}
-
-<!-- record:table -->
-{table}
-<!-- /record:table -->
 
 Made with: `{argv}`
 """
@@ -104,34 +94,37 @@ def thin(path: str, train_lines: int, keep: int) -> bytes:
     return b"".join(kept)
 
 
-def read_runs(paths) -> list[logs.Run]:
-    """One good run per log, all of one source that is in the logs."""
-    runs = []
+def read_runs(paths, track: str) -> list[logs.Run]:
+    """One good run per log, all of one source that is in the logs. Raises Refused with every
+    reason, each once."""
+    runs, wrong = [], {}  # reason -> the logs that it is true of
     for path in paths:
         found = logs.read_log(path)
         run = found[0]
+        reasons = checks.check_run(run, track)
         if len(found) > 1 or run.style != "ours":
-            why = "; ".join(run.problems) or "not a log of one run of train_gpt.py"
-            raise Refused(f"{printable(path)}: {why}")
-        reasons = verify.check_run(run, None)
-        if reasons:
-            raise Refused("\n".join(f"{printable(path)}: {reason}" for reason in reasons))
-        if not run.source_bytes:
-            raise Refused(f"{printable(path)}: holds no source; give the original log from logs/")
-        if not isinstance(run.seed, int):
-            raise Refused(f"{printable(path)}: its config has no seed")
+            reasons = run.problems or ["not a log of one run of train_gpt.py"]
+        elif not run.source_bytes:
+            reasons.append("holds no source; give the original log from logs/")
+        elif not isinstance(run.seed, int):
+            reasons.append("its config has no seed")
+        for reason in reasons:
+            wrong.setdefault(reason, []).append(os.path.basename(path))
         runs.append(run)
-    sources = sorted({run.source_sha256 for run in runs})
+    sources = sorted({str(run.source_sha256) for run in runs})
+    lines = [f"{printable(', '.join(names), 100)}: {reason}" for reason, names in wrong.items()]
     if len(sources) > 1:
         shown = ", ".join(source[:12] for source in sources)
-        raise Refused(f"the logs come from {len(sources)} different sources: {shown}")
-    seeds = [run.seed for run in runs]
+        lines.append(f"the logs come from {len(sources)} different sources: {shown}")
+    seeds = [str(run.seed) for run in runs]
     if len(set(seeds)) < len(seeds):
-        raise Refused(f"seeds repeat: {sorted(seeds)}; every run needs its own")
+        lines.append(f"seeds repeat: {', '.join(sorted(seeds))}; every run needs its own")
+    if lines:
+        raise Refused("\n".join(lines))
     return sorted(runs, key=lambda run: run.seed)
 
 
-def build(folder, track, runs, args, previous):
+def build(folder, track, runs, race_file, args, previous):
     """Fill `folder`; raises Refused with verify's reasons."""
     source = logs.source_text(runs[0].path, runs[0].source_sha256)
     write_atomic(os.path.join(folder, "train_gpt.py"), source)
@@ -141,44 +134,58 @@ def build(folder, track, runs, args, previous):
             break
     for name, text in texts.items():
         write_atomic(os.path.join(folder, name), text)
-    if args.race:
-        shutil.copyfile(args.race, os.path.join(folder, "race.json"))
-    kept = [run for name in sorted(texts) for run in logs.read_log(os.path.join(folder, name))]
-    group = verify.check_group(args.name, kept, track)
-    try:
-        result = folders.summary(group)
-        table = folders.record_table(result)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        why = group.reasons or [f"a result line is not complete: {error}"]
-        raise Refused("\n".join(why)) from None
-    write_json(os.path.join(folder, "result.json"), result)
+    if race_file:
+        shutil.copyfile(race_file, os.path.join(folder, "race.json"))
     argv = printable(runs[0].header.get("argv", ""), 1000).replace("`", "'")
     readme = README.format(
         title=os.path.basename(folder).replace("_", " "),
         change=change_line(source, previous, track),
         what=args.what.strip(),
         why=args.why.strip(),
-        table=table,
         argv=f"python train_gpt.py {argv}".strip(),
     )
     write_atomic(os.path.join(folder, "README.md"), readme.encode())
-    group = folders.check_record(folder, track)
-    if not group.ok:
-        raise Refused("\n".join(group.reasons))
+    record = folders.check_record(folder, track)
+    if not record.ok:
+        raise Refused("\n".join(record.group.reasons))
+
+
+def fastest(track: str) -> str | None:
+    """The folder of the record that a new one has to beat."""
+    best = board.ranked(track, board.read_track(track))
+    return best[0].folder if best else None
+
+
+def hold(script: str, args) -> str:
+    """Races a script against the fastest record. Returns the race's folder."""
+    best = fastest(args.track)
+    if best is None or not TRACKS[args.track].raced:
+        raise BadInput(f"track {args.track} has nothing to race against: give logs")
+    words = [best, script]
+    for name in ("runs", "first_seed", "looks", "timeout", "threads", "max_hours", "out"):
+        value = getattr(args, name)
+        words += [f"--{name}", str(value)] if value is not None else []
+    preset = TRACKS[args.track].preset
+    flags = ["--preset", preset] if preset else []
+    own, entries, flags = race.parse_args([*words, "--", *flags, "--val_every", "0"])
+    held = race.prepare(own, entries, flags)
+    if race.hold(held) or held.decided != "yes":
+        raise Refused(f"the race was not won: {held.decided}; its folder is {own.out}")
+    return str(own.out)
 
 
 def parse_args(argv):
     parser = Parser("submit", __doc__)
     add = parser.add_argument
     add("name", metavar="NAME", help="letters, digits, - and _: what changed, in a word or two")
-    add("logs", nargs="+", metavar="LOG", help="logs of one source, of seeds 0, 1, 2, ...")
+    add("paths", nargs="+", metavar="PATH", help="a script, a race's folder, or logs of one source")
     add("--track", required=True, choices=sorted(TRACKS))
     add("--what", required=True, metavar="TEXT", help="what changed, in one or two sentences")
     add("--why", required=True, metavar="TEXT", help="why it works, who had the idea, a link")
-    add("--race", metavar="FILE", help="race.json against a record, where races rank the track")
     today = datetime.date.today().isoformat()
     add("--date", default=today, help="YYYY-MM-DD (default: today)")
     add("--previous", metavar="FOLDER", help="record to compare with (default: the track's latest)")
+    race.add_options(parser)
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", args.name):
         raise BadInput(
@@ -192,11 +199,11 @@ def parse_args(argv):
         ) from None
     for flag in ("what", "why"):
         text = getattr(args, flag)
-        if not text.strip() or folders.GAP in text.lower():
-            raise BadInput(f"--{flag} is not filled in; write a sentence or two")
-    for path in filter(None, [*args.logs, args.race]):
-        if not os.path.isfile(path):
-            raise BadInput(f"{printable(path)} is not a file; give files one by one or by a glob")
+        if not text.strip() or folders.GAP in text.lower() or folders.MARKUP.search(text):
+            raise BadInput(f"--{flag} is not filled in; write a sentence or two of plain text")
+    for path in args.paths:
+        if not os.path.exists(path):
+            raise BadInput(f"{printable(path)} does not exist; give a script, a race or logs")
     if args.previous and not os.path.isfile(os.path.join(args.previous, "train_gpt.py")):
         raise BadInput(
             f"--previous {printable(args.previous)} holds no train_gpt.py; give a record folder"
@@ -208,14 +215,6 @@ def parse_args(argv):
 @command("submit")
 def main(argv) -> int:
     args = parse_args(argv)
-    try:
-        with interruptible():  # so that the folder that is being made goes, too
-            return submit(args)
-    except Interrupted as stopped:
-        return stopped.args[0]
-
-
-def submit(args) -> int:
     name = f"{args.date}_{args.name}"
     place = os.path.join(folders.RECORDS, args.track)
     folder = os.path.join(place, name)
@@ -228,16 +227,22 @@ def submit(args) -> int:
     os.makedirs(place, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=".tmp_", dir=place)
     try:
-        runs = read_runs(args.logs)
+        (path, *more), race_file = args.paths, None
+        if path.endswith(".py") and not more:
+            path = hold(path, args)
+        if os.path.isdir(path) and not more:
+            race_file = os.path.join(path, "race.json")
+            args.paths = sorted(map(str, Path(path).glob("round*_candidate*/*.txt")))
+            if not args.paths or not os.path.isfile(race_file):
+                raise BadInput(f"{path}: no race.json and candidate's logs; give a race's folder")
+        runs = read_runs(args.paths, args.track)
         built = os.path.join(temporary, name)
         os.mkdir(built)
-        build(built, args.track, runs, args, previous)
+        build(built, args.track, runs, race_file, args, previous)
         os.rename(built, folder)
     except Refused as refused:
         lines = [f"  - {printable(line, 300)}" for line in str(refused).splitlines()]
-        print(
-            "records submit: not submitted, verify would fail:", *lines, sep="\n", file=sys.stderr
-        )
+        print("records submit: not submitted:", *lines, sep="\n", file=sys.stderr)
         return 1
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -31,7 +31,7 @@ import numpy as np
 from data import shards
 from records.tools import logs
 from records.tools.command import BadInput, Parser, command, number_in, write_json
-from records.tools.runs import Failed, Interrupted, call, environment, interruptible, machine, train
+from records.tools.runs import Failed, call, environment, machine, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +43,6 @@ RECIPE = (
 ).split()
 ITERATION = re.compile(r"^iter (\d+): loss \S+, time ([\d.]+)ms", re.M)
 ESTIMATE = re.compile(r"^step (\d+): train loss \S+, val loss (\S+)", re.M)
-VALIDATION = re.compile(r"^step:(\d+)/\d+ val_loss:(\S+) train_time:(\d+)ms", re.M)
 
 # Runs in a process of its own, with nanoGPT's model.py: mean loss of its checkpoint over
 # tokens[1:], in nats per token.
@@ -132,13 +131,21 @@ def evaluate_nanogpt(nanogpt: Path, folder: Path, count: int, timeout) -> float:
     return float((folder / "evaluation").read_text().split()[-1])
 
 
-def first_at(log: str, loss: float) -> tuple[int, int] | None:
+def run_ours(script: Path, flags, folder: Path, timeout) -> logs.Run:
+    """One run of ours, whose log ends up in `folder`. Raises Failed where it has no result."""
+    folder.mkdir(parents=True)
+    command = trainer(script, [*flags, "--log_dir", folder], 1)
+    call(command, folder / "output", timeout, environment())
+    found = [run for path in folder.glob("*.txt") for run in logs.read_log(path) if run.result]
+    if len(found) != 1:
+        raise Failed("its log has no result line")
+    return found[0]
+
+
+def first_at(run: logs.Run, loss: float) -> tuple[int, int] | None:
     """(step, train time in ms) of the first validation at or below `loss`, or None where it is
     never reached."""
-    for step, val_loss, ms in VALIDATION.findall(log):
-        if float(val_loss) <= loss:
-            return int(step), int(ms)
-    return None
+    return next(((step, round(ms)) for step, found, ms in run.val if found <= loss), None)
 
 
 def one_pair(number: int, args, flags, val_size: int) -> dict:
@@ -159,16 +166,16 @@ def one_pair(number: int, args, flags, val_size: int) -> dict:
     ]
     jobs = {
         "nanoGPT": lambda: run_nanogpt(args.nanogpt, args.steps, theirs_in, args.timeout),
-        "ours": lambda: train(args.script, ours_flags, ours_in, args.timeout),
+        "ours": lambda: run_ours(args.script, ours_flags, ours_in, args.timeout),
     }
     done = {}
     for name in sorted(jobs, reverse=number % 2 == 1):
         print(f"pair {number + 1}/{args.runs}: {name} ...", flush=True)
         done[name] = jobs[name]()
     theirs, ours = done["nanoGPT"], done["ours"]
-    count = min(int(ours.line["config"]["val_tokens"]), val_size - 1) // BLOCK * BLOCK
+    count = min(int(ours.config["val_tokens"]), val_size - 1) // BLOCK * BLOCK
     loss = evaluate_nanogpt(args.nanogpt, theirs_in, count, args.timeout)
-    reached = first_at(ours.log.read_text(), loss)
+    reached = first_at(ours, loss)
     return {
         "nanogpt_time_ms": theirs["time_ms"],
         "nanogpt_val_loss": loss,
@@ -176,8 +183,8 @@ def one_pair(number: int, args, flags, val_size: int) -> dict:
         "val_tokens": count,
         "our_step": reached and reached[0],
         "our_time_ms": reached and reached[1],
-        "our_final_loss": ours.loss,
-        "our_final_time_ms": ours.time_ms,
+        "our_final_loss": ours.val_loss,
+        "our_final_time_ms": ours.train_time,
         "ratio": reached and reached[1] / theirs["time_ms"],
     }
 
@@ -288,23 +295,18 @@ def parse_args(argv):
 
 @command("vs_nanogpt")
 def main(argv) -> int:
+    args, flags = parse_args(argv)
+    train, val = read_shards(args.train_files), read_shards(args.val_files)
+    convert(args.nanogpt, train, val)
+    args.out.mkdir(parents=True)
+    pairs = []
     try:
-        with interruptible():
-            args, flags = parse_args(argv)
-            train, val = read_shards(args.train_files), read_shards(args.val_files)
-            convert(args.nanogpt, train, val)
-            args.out.mkdir(parents=True)
-            pairs = []
-            for number in range(args.runs):
-                pairs.append(one_pair(number, args, flags, len(val)))
-                write_json(args.out / "vs_nanogpt.json", summary(pairs, args, flags))
-        print_table(summary(pairs, args, flags))
-        print(f"logs and vs_nanogpt.json: {args.out}")
-        return 0
-    except shards.BadInput as error:
-        raise BadInput(str(error)) from None
+        for number in range(args.runs):
+            pairs.append(one_pair(number, args, flags, len(val)))
+            write_json(args.out / "vs_nanogpt.json", summary(pairs, args, flags))
     except Failed as error:
         print(f"records vs_nanogpt: a run failed: {error}; see {args.out}", file=sys.stderr)
         return 1
-    except Interrupted as stopped:
-        return stopped.args[0]
+    print_table(summary(pairs, args, flags))
+    print(f"logs and vs_nanogpt.json: {args.out}")
+    return 0
