@@ -1,6 +1,5 @@
 """submit, board and plot of records/tools: folders from logs, boards from folders, pictures."""
 
-import dataclasses
 import json
 import os
 import re
@@ -8,12 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
-from test_records_folders import FIRST, LOSSES, TIMES, race_of
+from test_records_folders import FIRST, LOSSES, TIMES, race_folder, run_id
 from test_records_logs import NEW, SOURCE, our_log, public, write
 from test_records_verify import RECORDS, laptop_rules, logs_in  # noqa: F401
 
-from records.tools import board, folders, logs, plot, submit
-from records.tools.tracks import TRACKS
+from records.tools import board, checks, folders, logs, plot, race, stats, submit
 
 WORDS = ["--track", "laptop", "--what", "A new idea.", "--why", "It works."]
 
@@ -32,27 +30,36 @@ def place(tmp_path, monkeypatch):
 
 def make(folder, name, date="2026-11-20", source=SOURCE, race=None, **changes):
     """A record folder by submit, each run with an id of its own; race: (reference, ratio)."""
-    paths = []
-    changes = dict(step_ms=10 + len(name) / 10) | changes  # no two records have the same times
-    for seed in range(4 if race else 5):
-        header = dict(run_id=f"{date}_{name}_{seed}")
-        where = folder.parent / "logs" / name / str(seed)
-        paths += logs_in(where, seeds=(seed,), source=source, header=header, **changes)
-    flags = ["--date", date]
+    flags = [*WORDS, "--date", date]
     if race:
-        flags += ["--race", write_race(folder, source, *race)]
-    assert submit.main([name, *paths, *WORDS, *flags]) == 0
+        reference, ratio = race
+        times = TIMES | {"candidate": [t * ratio for t in TIMES["reference"]]}
+        times["candidate"][0] *= 1.001
+        path = race_folder(folder.parent, reference, source, date, times=times)
+        shift_losses(path, len(name))
+        paths = [str(path)]
+    else:
+        where = folder.parent / "logs" / name
+        paths = []
+        for seed in range(5):
+            header = dict(run_id=run_id(date, 100 * len(name) + seed))
+            paths += logs_in(
+                where / str(seed), seeds=(seed,), source=source, header=header, **changes
+            )
+    assert submit.main([name, *paths, *flags]) == 0
     return folder / "laptop" / f"{date}_{name}"
 
 
-def write_race(folder, source, reference, ratio=0.8):
-    """A race.json of a trainer that takes `ratio` of the reference record's time."""
-    trainer = folder.parent / "candidate"
-    trainer.mkdir(exist_ok=True)
-    (trainer / "train_gpt.py").write_text(source)
-    times = TIMES | {"candidate": [t * ratio for t in TIMES["reference"]]}
-    times["candidate"][0] *= 1.001
-    return write(trainer, "race.json", json.dumps(race_of(reference, trainer, times)))
+def shift_losses(path, number: int):
+    """Other training lines in the logs of every race."""
+    for log in path.glob("round*/*.txt"):
+        text = log.read_text()
+        shift = number / 1000
+
+        def other(line):
+            return f"train_loss:{float(line[1]) + shift:.4f}"  # noqa: B023
+
+        log.write_text(re.sub(r"train_loss:(\d\.\d+)", other, text))
 
 
 def refused(capsys, function, *argv) -> tuple[int, str]:
@@ -64,16 +71,16 @@ def refused(capsys, function, *argv) -> tuple[int, str]:
 
 def test_submit(place):
     record = make(place, "adam_w")
-    files = ["README.md", "result.json", *(f"run_{i}.txt" for i in range(5)), "train_gpt.py"]
+    files = ["README.md", *(f"run_{i}.txt" for i in range(5)), "train_gpt.py"]
     assert sorted(os.listdir(record)) == files and folders.check_record(record).ok
     log = (record / "run_0.txt").read_text()
     assert (record / "train_gpt.py").read_text() == SOURCE
     assert SOURCE not in log and log.startswith("=" * 100)
     readme = (record / "README.md").read_text()
-    assert "First record of the laptop track" in readme and "| 1.4922 ± 0.0017 |" in readme
+    assert "First record of the laptop track" in readme and "1.49" not in readme
     assert "**What changed.** A new idea." in readme and "**Why it works.** It works." in readme
     changed = SOURCE.replace("import torch", "import numpy\nimport torch as t")
-    second = make(place, "muon", date="2026-11-21", source=changed, race=(record,))
+    second = make(place, "muon", date="2026-11-21", source=changed, race=(record, 0.8))
     assert "race.json" in os.listdir(second) and folders.check_record(second).ok
     text = (second / "README.md").read_text()
     link = "[2026-11-20_adam_w](../2026-11-20_adam_w)"
@@ -146,15 +153,16 @@ def test_submit_refuses_and_leaves_nothing(place, tmp_path, capsys, case, text):
 
 def test_submit_misuse(place, capsys):
     record = make(place, "idea")
-    stamp = (record / "result.json").stat().st_mtime_ns
+    stamp = (record / "README.md").stat().st_mtime_ns
     log = place.parent / "logs" / "idea" / "0" / "0.txt"
     for argv, text in [
         (["a b", log], "may hold letters"),
         (["../x", log], "may hold letters"),
-        (["x", "nowhere"], "is not a file"),
+        (["x", "nowhere"], "does not exist"),
         (["x", log, "--date", "2026-13-01"], "is no date"),
         (["x", log, "--previous", place], "no train_gpt.py"),
-        (["x", log, "--race", place / "none"], "is not a file"),
+        (["x", place], "no race.json and candidate's logs"),
+        (["x", log, "--what", "<b>new</b>"], "--what is not filled in"),
         (["x", log, "--what", " "], "--what is not filled in"),
         (["x", log, "--why", "(Fill in: the idea)"], "--why is not filled in"),
     ]:
@@ -165,13 +173,18 @@ def test_submit_misuse(place, capsys):
     assert (
         code == 2
         and "exists already" in error
-        and (record / "result.json").stat().st_mtime_ns == stamp
+        and (record / "README.md").stat().st_mtime_ns == stamp
     )
 
 
 def test_a_second_record_needs_a_race(place, capsys):
     make(place, "first")
-    paths = logs_in(place.parent / "x", source=SOURCE + "# x\n", header=dict(run_id="x"))
+    source = SOURCE + "# x\n"
+    paths = []
+    for seed in range(4):
+        header = dict(run_id=run_id("2026-11-20", 900 + seed))
+        where = place.parent / "x" / str(seed)
+        paths += logs_in(where, seeds=(seed,), source=source, header=header, loss=1.48 + seed / 1e3)
     code, error = refused(capsys, submit.main, "x", *paths, *WORDS)
     assert code == 1 and "race.json is missing" in error
     assert sorted(os.listdir(place / "laptop")) == ["2026-11-20_first"]
@@ -197,42 +210,33 @@ def test_ranking_by_races(place):
     table = board.leaderboard("laptop", records).splitlines()
     assert len(table) == 5 and table[3].startswith(
         "| 2 | [2026-11-21_better](laptop/2026-11-21_better) | 0.800 | 0.800 [0.800, 0.801] "
-        "against 2026-11-20_plain | 1.4916 ± 0.0014 | 4 |"
+        "against 2026-11-20_plain | 1.492"
     )
     steps = board.ablation(records).splitlines()[2:]
     assert steps[0] == "| plain | 1.4922 ± 0.0017 | 5 | – | start | 1.000 |"
     assert steps[1].endswith("| faster | 0.800 |") and steps[2].endswith("| faster | 0.400 |")
+    # levels go along the chain: the reference's, and what the race adds
+    worse = sum(b - a for a, b in zip(*LOSSES.values(), strict=True)) / 4
+    assert records[2].level["mean"] == pytest.approx(records[0].level["mean"] + 2 * worse)
 
 
-def test_only_winners_are_ranked(place, monkeypatch, capsys):
+def test_only_winners_are_ranked(place, capsys):
     first, second, third = chain(place)
     race = json.loads((third / "race.json").read_text())
-    write(third, "race.json", json.dumps(race | {"ratio": 0.01}))  # forged
+    slow = race["wall_ms"] | {"candidate": race["wall_ms"]["reference"][::-1]}
+    write(third, "race.json", json.dumps(race | {"wall_ms": slow}))  # edited
+    hidden = place / "laptop" / ".hidden"
+    hidden.mkdir()
     records = board.read_track("laptop")
     assert [r.name[11:] for r in board.ranked("laptop", records)] == ["better", "plain"]
     table = board.leaderboard("laptop", records)
-    assert "- Refused by verify: 2026-11-22_best: race.json: ratio 0.01 does not follow" in table
+    assert "- Refused by verify: 2026-11-22_best: race.json: it does not show less time" in table
+    assert "- Refused by verify: .hidden: the folder's name is not" in table
     assert "best" not in board.ablation(records)
     assert board.main([]) == 0
     printed = capsys.readouterr()
     assert "laptop/2026-11-22_best: race.json" in printed.err
     assert f'settle it in tools/tracks.py: "{second.name}": "' in printed.out
-    # a race of two pairs with no difference shown
-    times = {"reference": [100.0, 101.0], "candidate": [99.0, 101.5]}
-    losses = {who: column[:2] for who, column in LOSSES.items()}
-    write(third, "race.json", json.dumps(race_of(second, third, times, losses, faster="not shown")))
-    assert len(board.ranked("laptop", board.read_track("laptop"))) == 2
-    # a folder older than the rules, whose race shows no winner: in its place in the history alone
-    settled = {r.name: logs.sha256_file(r / "train_gpt.py") for r in (first, second)}
-    rules = dataclasses.replace(TRACKS["laptop"], settled=settled, early=second.name)
-    monkeypatch.setitem(TRACKS, "laptop", rules)
-    worse = LOSSES | {"candidate": [1.4955, 1.4965, 1.4975, 1.4980]}
-    made = race_of(first, second, losses=worse, margin=0.02, faster="not shown")
-    write(second, "race.json", json.dumps(made))
-    records = board.read_track("laptop")
-    assert [r.name[11:] for r in board.ranked("laptop", records)] == ["plain"]
-    assert "| less time; equal loss not shown |" in board.ablation(records)
-    assert "- Not ranked: [2026-11-21_better]" in board.leaderboard("laptop", records)
 
 
 def test_a_place_takes_a_race_against_the_fastest(place):
@@ -254,34 +258,74 @@ def test_names_in_tables_are_text(place):
 
 
 @pytest.mark.parametrize(
-    "lost, ci, word",
+    "candidate, losses, word",
     [
-        ("", [0.7, 0.9], "faster"),
-        ("why", [1.1, 1.2], "slower"),
-        ("why", [0.7, 0.9], "less time; equal loss not shown"),
-        ("why", [0.9, 1.1], "no difference shown"),
+        ([800.0, 810.0, 805.0], [1.5, 1.5, 1.5001], "faster"),
+        ([1200.0, 1210.0, 1205.0], [1.5, 1.5, 1.5001], "slower"),
+        ([800.0, 810.0, 805.0], [1.6, 1.6, 1.6001], "less time; equal loss not shown"),
+        ([1000.0, 990.0, 1012.0], [1.5, 1.5, 1.5001], "no difference shown"),
     ],
 )
-def test_effect(lost, ci, word, monkeypatch):
+def test_effect(candidate, losses, word):
     """What the race shows, whether or not the record has a place."""
-    monkeypatch.setattr(folders, "why_not_faster", lambda race: lost)
-    made = board.Record("x", "laptop", {}, dict(ci=ci, ratio=1), unranked="another reason")
-    assert board.effect(made) == word
-    assert board.effect(board.Record("x", "laptop", {})) == "start"
+    race = dict(
+        wall_ms={"reference": [1100.0, 1105.0, 1103.0], "candidate": [t + 100 for t in candidate]},
+        startup_ms={who: [100.0] * 3 for who in TIMES},
+        losses={"reference": [1.5, 1.5001, 1.5], "candidate": losses},
+        looks=[3],
+        alpha=0.01,
+        loss_margin=0.005,
+    )
+    found = stats.outcome(race)
+    assert found["word"] == word and bool(stats.why_not_faster(found)) is (word != "faster")
+    assert stats.times_of(race)["candidate"] == candidate
 
 
 def test_other_tracks_are_ranked_by_what_they_measure():
     def made(name, time, peak):
-        losses, times = dict(mean=3.27, std=None), dict(mean=time, std=10.0)
-        result = dict(val_loss=losses, n=2, peak_memory_bytes=peak, train_time_ms=times)
-        return board.Record(name, "speed", result)
+        runs = []
+        for loss in (3.27, 3.271):
+            result = dict(peak_memory_bytes=peak, train_time_ms=time)
+            runs.append(logs.Run("x", val=[(1, loss, time)], result=result))
+        group = checks.Group(name, "0", runs)
+        return folders.Record(f"x/{name}", group, level=group.val_loss)
 
     records = [made("a", 3000, 2 << 30), made("b", 2000, 3 << 30)]
-    assert "| 1 | [b](speed/b) | 2.00 ± 0.01 s | 3.2700 | 2 |" in board.leaderboard(
-        "speed", records
-    )
-    assert "| 1 | [a](speed/a) | 2.00 GiB | 3.2700 | 2 |" in board.leaderboard("memory", records)
+    row = "| 1 | [b](speed/b) | 2.00 ± 0.00 s | 3.2705 ± 0.0007 | 2 |"
+    assert row in board.leaderboard("speed", records)
+    row = "| 1 | [a](memory/a) | 2.00 GiB | 3.2705 ± 0.0007 | 2 |"
+    assert row in board.leaderboard("memory", records)
     assert board.leaderboard("speed", []) == "No record yet."
+
+
+def test_submit_races_a_script(place, monkeypatch, capsys):
+    """It holds the race itself, against the fastest record, and makes the folder of it."""
+    first = make(place, "plain")
+    second = make(place, "better", "2026-11-21", SOURCE + "# 1\n", race=(first, 0.8))
+    script = place.parent / "idea.py"
+    script.write_text(SOURCE + "# 2\n")
+    asked = []
+
+    class Held:
+        decided = "yes"
+
+    def prepare(args, entries, flags):
+        args.out = race_folder(place.parent, second, script.read_text(), "2026-11-22")
+        shift_losses(args.out, 7)
+        asked.append((str(entries["reference"].path), args.runs, flags))
+        return Held
+
+    monkeypatch.setattr(race, "prepare", prepare)
+    monkeypatch.setattr(race, "hold", lambda held: 0)
+    words = [*WORDS, "--date", "2026-11-22", "--runs", "4"]
+    assert submit.main(["idea", str(script), *words]) == 0
+    flags = ["--preset", "laptop", "--val_every", "0"]
+    assert asked == [(str(second / "train_gpt.py"), 4, flags)]
+    assert folders.check_record(place / "laptop" / "2026-11-22_idea").ok
+    Held.decided = "no"
+    script.write_text(SOURCE + "# 3\n")
+    code, error = refused(capsys, submit.main, "worse", script, *words)
+    assert code == 1 and "the race was not won: no" in error
 
 
 def test_board_writes_and_checks(place, capsys):

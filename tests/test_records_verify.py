@@ -13,7 +13,7 @@ import sys
 import pytest
 from test_records_logs import LINE, NEW, PUBLIC, SOURCE, STEPS, our_log, public, write
 
-from records.tools import folders, verify
+from records.tools import checks, folders, verify
 from records.tools.tracks import FINEWEB_VAL, TRACKS
 
 RECORDS = folders.RECORDS
@@ -35,14 +35,15 @@ def logs_in(folder, seeds=(0, 1, 2, 3, 4), **changes):
     return [write(folder, f"{seed}.txt", our_log(seed=seed, **changes)) for seed in seeds]
 
 
-def only(paths, **options) -> verify.Group:
-    groups, _ = verify.verify([str(p) for p in paths], **options)
-    assert len(groups) == 1, [g.name for g in groups]
-    return groups[0]
+def only(paths, **options) -> checks.Group:
+    records, _ = verify.verify([str(p) for p in paths], **options)
+    assert len(records) == 1, [r.name for r in records]
+    return records[0].group
 
 
-def said(group, text) -> bool:
-    return any(text in reason for reason in group.reasons)
+def said(found, text) -> bool:
+    """Of a group or a record."""
+    return any(text in reason for reason in getattr(found, "group", found).reasons)
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -64,7 +65,7 @@ def test_p_value_against_tables(freedom, level, t, sign):
     raw = [i - freedom / 2 for i in range(n)]
     std = math.sqrt(sum(x * x for x in raw) / freedom)
     losses = [3.28 - sign * t * 0.001 / math.sqrt(n) + 0.001 * x / std for x in raw]
-    p, reason = verify.p_value(losses, 3.28)
+    p, reason = checks.p_value(losses, 3.28)
     assert reason == "" and p == pytest.approx(level if sign > 0 else 1 - level, rel=2e-3)
 
 
@@ -75,16 +76,16 @@ def test_p_value_by_hand():
     t = (2.4 - 4.0) / math.sqrt(1.3 / 5)
     x = t / math.sqrt(4 + t * t)
     expected = 0.5 + 0.75 * (x - x**3 / 3)
-    assert verify.p_value(losses, 4.0)[0] == pytest.approx(expected, rel=1e-12)
-    assert verify.spread(losses) == dict(mean=2.4, std=pytest.approx(math.sqrt(1.3)), best=1.0)
+    assert checks.p_value(losses, 4.0)[0] == pytest.approx(expected, rel=1e-12)
+    assert checks.spread(losses) == dict(mean=2.4, std=pytest.approx(math.sqrt(1.3)), best=1.0)
 
 
 def test_no_p_value():
     for losses, reason in ([1.4], "one run"), ([1.4] * 5, "equal"):
-        p, text = verify.p_value(losses, 1.5)
+        p, text = checks.p_value(losses, 1.5)
         assert p is None and reason in text
-    assert verify.spread([]) == dict(mean=None, std=None, best=None)
-    assert verify.spread([2.0, None]) == dict(mean=2.0, std=None, best=2.0)
+    assert checks.spread([]) == dict(mean=None, std=None, best=None)
+    assert checks.spread([2.0, None]) == dict(mean=2.0, std=None, best=2.0)
 
 
 # ---------------------------------------------------------------------------------------- verdicts
@@ -213,17 +214,11 @@ def test_public_logs(tmp_path, capsys):
         (dict(result=dict(val_loss=10**400)), "a result line that is not JSON"),
         (dict(data={}), "names no data file"),
         (dict(data={"laptop_a.bin": 5}), "is not a sha256"),
-        (dict(config=dict(batch_tokens="many")), "config has no batch_tokens"),
+        (dict(config=dict(batch_tokens="many")), "schedule of batch_tokens do not agree"),
         (dict(config=dict(batch_tokens=[1024, 2048])), "schedule of batch_tokens do not agree"),
         (dict(config=dict(vocab_size=300)), "has vocab_size 300; track laptop demands 257"),
         (dict(config=dict(val_every=7)), "validates at step 10, which val_every 7 does not ask"),
         (dict(config=dict(val_every=0)), "validates at step 0, which val_every 0 does not ask"),
-        (dict(header=dict(argv="--lr_muon 0.5")), "argv has --lr_muon 0.5, but config has 0.02"),
-        (dict(header=dict(argv="--lr_muon=0.5")), "argv has --lr_muon 0.5, but config has 0.02"),
-        (dict(header=dict(argv="--no_bf16"), config=dict(bf16=True)), "argv has --no_bf16"),
-        (dict(header=dict(argv="--bf16"), config=dict(bf16=False)), "argv has --bf16"),
-        (dict(header=dict(argv="--steps 40 --magic")), "argv has --magic, of which config knows"),
-        (dict(header=dict(argv="--window 384 896"), config=dict(window=[384, 900])), "--window"),
         (dict(data={"laptop_val_000000.bin": None}), "unchecked: no manifest.json"),
         (dict(config=dict(val_tokens=64)), "has val_tokens 64; track laptop demands 4096"),
         (
@@ -267,7 +262,7 @@ def test_resumed_runs_count_on_the_memory_track(tmp_path):
         (dict(result=dict(peak_memory_bytes=-5e9)), "-5000000000.0 do not hold its parameters"),
         (dict(result=dict(peak_memory_bytes=None)), "None do not hold its parameters"),
         (dict(result=dict(peak_memory_bytes=1)), "1 do not hold its parameters"),
-        (dict(step_ms=0.0), "train_time_ms is 0: no clock shows that"),
+        (dict(step_ms=0.0), "train_time_ms is 0.0: no clock shows that"),
         (dict(config=dict(vocab_size=50304)), "has vocab_size 50304; track memory demands 50257"),
     ],
 )
@@ -316,18 +311,22 @@ def test_schedules_are_lists(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "argv, config",
-    [
-        ("--window 384 896", dict(window=[384, 896])),
-        ("--batch_tokens 1_024", dict(batch_tokens=[1024])),
-        ("--lr_muon=2e-2 --no_bf16 --yarn", dict(bf16=False, yarn=True)),
-        ("--relora_warm_start 0 --device auto", dict(relora_warm_start=10, device="cpu")),
-        ("--train_files a b/*.bin", dict(train_files="a b/*.bin")),
-    ],
+    "later, fine", [(0, True), (22, True), (900, True), (2000, False), (-9, False)]
 )
-def test_argv_that_fits_its_config(tmp_path, argv, config):
-    group = only(logs_in(tmp_path, header=dict(argv=argv), config=config))
-    assert group.ok, group.reasons
+def test_the_result_may_be_later_than_the_last_line(tmp_path, later, fine):
+    """Writing the last line takes a while on a busy machine; the later time counts."""
+    ms = [round(STEPS * 10.25 + 0.1 * seed) + later for seed in range(3)]
+    paths = [
+        write(
+            tmp_path,
+            f"{i}.txt",
+            our_log(seed=i, result=dict(train_time_ms=m, step_avg_ms=m / STEPS)),
+        )
+        for i, m in enumerate(ms)
+    ]
+    group = only(paths, track="laptop")
+    assert group.ok is fine, group.reasons
+    assert not fine or [run.train_time for run in group.runs] == ms
 
 
 def test_nothing_is_run(tmp_path):
@@ -452,7 +451,7 @@ def test_no_damage_makes_a_traceback(tmp_path, capsys, recwarn):
         ([".", "--track", "moon"], "moon"),
         ([".", "--fast"], "--fast"),
         (["--audit", "."], "no log in"),
-        ([".", "--audit", "--json"], "leave --track and --json out"),
+        ([".", "--audit", "--json"], "leave --track, --json, --rerun out"),
     ],
 )
 def test_misuse(tmp_path, monkeypatch, capsys, argv, text):
@@ -481,7 +480,7 @@ def test_bad_files_are_reported(tmp_path, capsys):
     )
 
 
-@pytest.mark.parametrize("script", ["verify", "submit", "board", "plot"])
+@pytest.mark.parametrize("script", ["verify", "submit", "board", "plot", "race", "judge"])
 def test_scripts_run_from_anywhere(tmp_path, script):
     done = subprocess.run(
         [sys.executable, RECORDS, script, "--help"],
