@@ -1,67 +1,64 @@
-"""race and vs_nanogpt of records/tools with trainers of a few lines that take next to no time."""
+"""race, its runner and its text, and vs_nanogpt of records/tools, with trainers of a few lines."""
 
 import json
 import math
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import text, write_shard
 from scipy import stats as scipy_stats
 
 from data import shards
-from records.tools import logs, race, runs, stats, vs_nanogpt
+from records.tools import corpus, logs, race, runs, stats, vs_nanogpt
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Time and loss are functions of the seed; --speed and --better scale and shift them. The log tells
-# --clock of the time.
+# Works --step seconds an update. The checkpoint says how many nats its model is --better than a
+# guess. What it logs about time and loss is a lie.
 TRAINER = """
-import json, os, pathlib, random, sys, time
-flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-assert len(sys.argv) == 1 + 2 * len(flags), "a flag is given twice"
-seed, folder = int(flags["--seed"]), pathlib.Path(flags["--log_dir"])
-with open(pathlib.Path(__file__).parent / "calls", "a") as f:
-    f.write(flags.get("--name", "-") + str(seed) + " ")
-if flags.get("--hang") == str(seed):
-    (pathlib.Path(__file__).parent / "pid").write_text(str(os.getpid()))
-    time.sleep(30)
-fail = flags.get("--fail")
-once = pathlib.Path(__file__).parent / "failed_once"
-if fail in ("always", f"always{seed}") or fail == f"once{seed}" and not once.exists():
-    once.touch()
-    sys.exit("train_gpt.py: planted failure")
-noise = random.Random(f"{seed} {flags.get('--name')}").gauss
-ms = 1000 * float(flags.get("--speed", 1)) * (1 + 0.1 * seed) * (1 + noise(0, 0.002))
-loss = 1.5 - float(flags.get("--better", 0)) + noise(0, 0.0003)
-if flags.get("--nan"):
-    loss = float("nan")
-step = float(flags.get("--step", 0.03))
-threads = os.environ["OMP_NUM_THREADS"]
+import json, os, pathlib, sys, time
 
-def write(line):
-    with open(folder / "run.txt", "a") as f:
-        f.write(line + chr(10))
+def main(flags):
+    seed, steps = flags["--seed"], int(flags.get("--steps", 3))
+    if flags.get("--fail") == "always" or flags.get("--fail") == seed and steps > 1:
+        sys.exit("train_gpt.py: planted failure")
+    if flags.get("--hang") == seed and steps > 1:
+        time.sleep(30)
+    os.makedirs("logs"), os.makedirs("checkpoints/x")
+    time.sleep(float(flags.get("--step", 0.05)) * steps)
+    if flags.get("--behind") and os.fork() == 0:
+        os.setsid(), time.sleep(float(flags["--behind"])), os._exit(0)
+    better = flags.get("--better", "0")
+    pathlib.Path("checkpoints/x/step_1.pt").write_text(f"{better} {seed}")
+    facts = dict(run_id="2026-11-20_12-00-00_" + seed, device="cpu", config="{}")
+    seen = dict(argv=sys.argv, environ=sorted(os.environ), folder=sorted(os.listdir()))
+    seen["home"] = sorted(os.listdir(os.environ["HOME"]))
+    facts["data"] = json.dumps(seen)
+    lines = ["# a source", "=" * 100, *(f"{k}: {v}" for k, v in facts.items()), "=" * 100]
+    lines += [f"step:{steps}/{steps} val_loss:0.1000 train_time:1ms step_avg:0.00ms"]
+    lines += [json.dumps(dict(val_loss=0.1, train_time_ms=1))]
+    pathlib.Path("logs/run.txt").write_text(chr(10).join(lines) + chr(10))
 
-write("# a source" + chr(10) + "step:1/9 train_loss:9 is how a line looks" + chr(10) + "=" * 100)
-write("config: {}" + chr(10) + "=" * 100 + chr(10) + "warm-up: 9 ms")
-for i in range(1, int(flags.get("--steps", 1)) + 1):
-    time.sleep(step)
-    write(f"step:{i}/{flags.get('--steps', 1)} train_loss:{9 / i} train_time:{ms}ms step_avg:1ms")
-    if flags.get("--val_every"):
-        time.sleep(step)
-        print(f"step:{i}/{flags.get('--steps', 1)} val_loss:1.5 train_time:{ms}ms", flush=True)
-line = {"val_loss": loss, "train_time_ms": ms * float(flags.get("--clock", 1)), "val_tokens": 640,
-        "data_sha256": {"v": flags.get("--data", "a")}, "device": "cpu", "threads": threads}
-write(json.dumps(line))
+def load_model(path, device="cpu"):
+    import torch
+    better, seed = map(float, open(path).read().split())
+    return lambda tokens: torch.zeros(*tokens.shape, 257) - (better + seed / 1000) * (
+        torch.arange(257) > 63
+    )
+
+if __name__ == "__main__":
+    assert len(sys.argv) % 2, "a flag is given twice"
+    main(dict(zip(sys.argv[1::2], sys.argv[2::2])))
 """
 
 
@@ -71,30 +68,32 @@ def trainer(tmp_path, monkeypatch):
     for name in ("NPROC", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "t.py").write_text(TRAINER)
+    write_shard(tmp_path / "train_000000.bin", text(60_000, 1))
+    write_shard(tmp_path / "val_000000.bin", text(5_000, 2))
     return "t.py"
 
 
 @pytest.fixture
-def exact(monkeypatch):
-    """A stopwatch that reads times off the lines: verdicts do not depend on this machine."""
+def told(monkeypatch):
+    """Losses that are told by the checkpoint, without torch: 2 less what it is better."""
 
-    def seconds(watch):
-        last = next(line for line in reversed(watch.lines) if b"train_loss" in line)
-        return float(re.search(rb"train_time:([0-9.]+)ms", last)[1]) / 1000
+    def score(place, text, which, *rest):
+        better, seed = map(float, place.checkpoint().read_text().split())
+        loss = 2 - better + random.Random(f"{better} {seed}").gauss(0, 0.0003)
+        return {name: np.full((2, 2), loss if better < 9 else np.nan) for name in which}
 
-    monkeypatch.setattr(runs.Stopwatch, "training_seconds", seconds)
+    monkeypatch.setattr(race, "score", score)
+
+
+FILES = ["--train_files", "train_*.bin", "--val_files", "val_*.bin", "--val_tokens", "2048"]
 
 
 def run(*args, out="out"):
     args = [str(arg) for arg in args]
     cut = args.index("--") if "--" in args else len(args)
-    code = race.main([*args[:cut], "--out", out, *args[cut:]])
+    code = race.main([*args[:cut], "--out", out, "--", *args[cut + 1 :], *FILES])
     path = Path(out, "race.json")
     return code, json.loads(path.read_text()) if path.exists() else None
-
-
-def calls():
-    return Path("calls").read_text().split()
 
 
 # -------------------------------------------------------------------------------------- statistics
@@ -169,216 +168,94 @@ def test_early_stopping_keeps_the_level():
     assert yes <= 0.1 * 250 + 2 * math.sqrt(250 * 0.1 * 0.9)
 
 
-# ---------------------------------------------------------------------------------- the stopwatch
+# ------------------------------------------------------------------------------- the runner
 
 
-def watched(*events):
-    """A stopwatch that saw these (second, text) pairs."""
-    moments = iter([0.0, *(second for second, _ in events)])
-    watch = runs.Stopwatch(lambda: next(moments))
-    for _, text in events:
-        watch.read("log", text.encode())
-    return watch
-
-
-def test_stopwatch_counts_training_alone():
-    line = "step:{}/4 {}_loss:1.0 train_time:1ms\n"
-    start = (3, "source\nstep:2/4 train_loss:9 in a docstring\n" + "=" * 100 + "\nwarm-up: 1 ms\n")
-    train = [(4, line.format(1, "train")), (6, line.format(2, "train"))]
-    assert watched(start, *train).training_seconds() == 6  # 3 s for two of four steps
-    pause = [
-        (9, line.format(2, "val")),
-        (10, line.format(3, "train")),
-        (11, line.format(4, "train")),
-    ]
-    assert watched(start, *train, *pause).training_seconds() == 5
-    late = [(12, line.format(4, "train")), (12.5, line.format(4, "train"))]  # a line seen again
-    assert watched(start, *train, *late).training_seconds() == 9
-    half = [
-        (4, "step:1/4 tra"),
-        (5, "in_loss:1.0\n"),
-    ]  # a line in two pieces came when it was whole
-    assert watched(start, *half).training_seconds() == 8
-    with pytest.raises(runs.Failed, match="no training lines"):
-        watched(start, (5, line.format(4, "val"))).training_seconds()
-
-
-def test_times_are_measured_and_not_believed(trainer, capsys):
-    """A log that tells a third of its time: the race sees the truth, and says so. Validation lines,
-    which only the pipe shows, are left out."""
-    code, found = run(
-        f"{trainer} --step 0.05 --steps 6",
-        f"{trainer} --step 0.05 --steps 6 --val_every 1",
-        "--runs",
-        2,
-        "--warmup_runs",
-        0,
-    )
+def test_time_is_that_of_the_whole_process(trainer, told):
+    """Whatever a log says: from the start to the end, less the reference's start-up."""
+    names = trainer, f"{trainer} --step 0.3"
+    code, found = run(*names, "--runs", 2, "--looks", 1)
     assert code == 0
-    for times in found["times_ms"].values():
-        assert all(290 < ms < 700 for ms in times), times
-    for logged in found["logged_ms"].values():
-        assert all(ms > 900 for ms in logged)
-    out = capsys.readouterr().out
-    assert "of the time that the race measured; the race's own counts" in out
-    assert "of its training time outside of it" in out
+    times = stats.times_of(found)
+    assert all(0.05 < ms / 1000 < 0.6 for ms in times["reference"]), times  # 2 steps of 0.05 s
+    assert all(0.7 < ms / 1000 < 2.5 for ms in times["candidate"]), times  # 0.9 s, less 0.05
+    assert found["startup_ms"]["reference"] == found["startup_ms"]["candidate"]
+    assert all(ms == 1 for ms in found["logged_ms"]["candidate"])
 
 
-def test_environment_of_a_run(trainer, exact, monkeypatch):
+@pytest.mark.parametrize("box", ["bwrap", "unshare", None])
+def test_nothing_outlives_a_run(box, trainer, monkeypatch):
+    """In a sandbox what stays is ended with the run; without one it is waited for, and counts."""
+    if box and runs.sandbox() is None:
+        pytest.skip("no sandbox on this machine")
+    with runs.Place(TRAINER.encode(), {}) as place:
+        words = [sys.executable, "-c", "pass"]
+        if box and subprocess.run(runs.boxed(box, words, place.folder)).returncode:
+            pytest.skip(f"{box} does not work on this machine")
+        monkeypatch.setattr(runs, "sandbox", lambda: box)
+        seconds = place.train(["--seed", "1", "--behind", "2", "--step", "0"], 20)
+    assert seconds > 2 if box is None else seconds < 2
+    assert not any("--behind" in child.cmdline() for child in runs.offspring())
+
+
+@pytest.mark.parametrize("box", ["bwrap", "unshare"])
+def test_a_sandbox_hides_and_protects(box, tmp_path, monkeypatch):
+    code = (
+        "import os, sys\n"
+        "for place in sys.argv[1:]:\n"
+        "    try: open(place + '/left', 'w')\n"
+        "    except OSError as error: print(place, 'no')\n"
+        "print(len([p for p in os.listdir('/proc') if p.isdigit()]) < 6, os.listdir('/tmp'))\n"
+        "import numpy, socket\n"
+        "try: socket.create_connection(('192.0.2.1', 9), 0.1)\n"
+        "except OSError as error: print(error)\n"
+    )
+    with runs.Place(code.encode(), {}) as place:
+        home = str(Path.home())
+        words = [sys.executable, "train_gpt.py", str(ROOT), "/usr", home, "/tmp", "/dev/shm", "."]
+        done = subprocess.run(
+            runs.boxed(box, words, place.folder), capture_output=True, text=True, cwd=place.folder
+        )
+        if done.returncode:
+            pytest.skip(f"{box} does not work on this machine: {done.stderr[:200]}")
+        assert (place.folder / "left").exists(), "its own folder it may write to"
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"{ROOT} no", "/usr no"], lines
+    assert lines[2].startswith("True []") or "left" in lines[2] and lines[2].startswith("True")
+    assert "unreachable" in lines[3]
+    for folder in (home, "/tmp", "/dev/shm"):
+        assert not Path(folder, "left").exists()
+
+
+def test_a_script_cannot_tell_who_runs_it(trainer, told, monkeypatch):
+    """Race and judge start a script alike: the same words, folder, home and environment."""
+    monkeypatch.setenv("KEPT", "yes")
+    run(trainer, trainer, "--runs", 1)
+    log = logs.read_log("out/round000_candidate/run.txt")[0]
+    seen = log.data
+    assert "KEPT" in seen["environ"] and "SHLVL" not in set(os.environ) - set(seen["environ"])
+    assert set(os.environ) - set(seen["environ"]) == set()
+    assert seen["argv"] == ["train_gpt.py", *race.race_flags(["--val_tokens", "2048"], 0)]
+    assert seen["folder"] == ["checkpoints", "data", "logs", "train_gpt.py"]
+    if runs.sandbox():
+        assert len([name for name in seen["home"] if name.startswith("speedrun_")]) == 1
+
+
+def test_a_run_that_writes_without_end_is_stopped(monkeypatch):
+    monkeypatch.setattr(runs, "MOST_BYTES", 1 << 20)
+    for code in ("while 1: print('x' * 999)", "while 1: open('a', 'a').write('x' * 9999)"):
+        with runs.Place(code.encode(), {}) as place:
+            with pytest.raises(runs.Failed, match="writes without end"):
+                place.train([], 30)
+
+
+def test_environment_of_a_run(monkeypatch):
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
     monkeypatch.setenv("KEPT", "yes")
     env = runs.environment(3)
     assert env["KEPT"] == "yes" and env["OMP_NUM_THREADS"] == "3"
     assert (env["MALLOC_MMAP_MAX_"], env["MALLOC_TOP_PAD_"]) == ("0", "268435456")
     assert env["MALLOC_TRIM_THRESHOLD_"] == "2147483647"
-
-    def threads(*flags, out):
-        code, found = run(
-            trainer, f"{trainer} --name B", "--runs", 1, "--warmup_runs", 0, *flags, out=out
-        )
-        text = Path(out, "round000_A_seed0/run.txt").read_text()
-        return found["threads"], json.loads(text.splitlines()[-1])["threads"]
-
-    assert threads(out="one") == (1, "1")
-    assert threads("--threads", 2, out="two") == (2, "2")
-    monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    assert threads(out="four") == (4, "4")
-
-
-# ------------------------------------------------------------------------------------------- races
-
-
-def test_faster_at_equal_loss_stops_early(trainer, exact, capsys):
-    names = f"{trainer} --name A", f"{trainer} --name B --speed 0.9"
-    code, found = run(*names, "--runs", 12, "--", "--steps", "2")
-    assert code == 0
-    assert found["faster"] == "yes" and found["decided_at"] == found["n"] == 4
-    assert found["ratio"] == pytest.approx(0.9, rel=0.01) and found["ci"][0] < 0.9 < found["ci"][1]
-    assert (found["reference"], found["candidate"], found["flags"]) == (*names, "--steps 2")
-    assert found["looks"] == [4, 8, 12] and found["level_per_look"] == pytest.approx(0.01 / 3)
-    assert found["machine"] and found["failures"] == [] and found["same_data"]
-    assert len(found["times_ms"]["candidate"]) == len(found["losses"]["reference"]) == 4
-    # a warm-up of each, then pairs with one seed in alternating order
-    assert calls() == "A0 B0 A0 B0 B1 A1 A2 B2 B3 A3".split()
-    assert "faster: yes" in capsys.readouterr().out
-
-
-def test_warm_up_is_stopped(trainer, exact):
-    """Five updates of each, then the run is ended."""
-    flags = ["--steps", "300"]
-    begun = time.monotonic()
-    with pytest.raises(runs.Failed, match="not finished"):
-        runs.train(Path(trainer), [*flags, "--seed", "0"], Path("long"), 0.3)
-    assert runs.train(Path(trainer), [*flags, "--seed", "0"], Path("short"), 9, enough=5) is None
-    assert time.monotonic() - begun < 6
-    assert 5 <= Path("short/run.txt").read_text().count("train_time") < 60
-
-
-@pytest.mark.parametrize(
-    "flags, faster",
-    [
-        ("--speed 1.1", "no"),  # slower
-        ("--speed 0.5 --better -0.02", "no"),  # fast, but at a worse loss
-        ("--speed 1", "not shown"),
-    ],
-)
-def test_not_faster(trainer, exact, flags, faster):
-    candidate = f"{trainer} --name B {flags}"
-    code, found = run(trainer, candidate, "--runs", 4, "--looks", 1, "--warmup_runs", 0)
-    assert (code, found["faster"], found["n"]) == (0, faster, 4)
-
-
-def test_history_in_one_race(trainer, exact, capsys):
-    Path("record").mkdir()
-    Path("record/train_gpt.py").write_text(TRAINER)
-    scripts = ["record", "t.py --name B --speed 0.8", "t.py --name C --speed 0.8 --data other"]
-    flags = ["--runs", 6, "--looks", 2, "--warmup_runs", 0, "--first_seed", 3]
-    code, found = run(*scripts, *flags)
-    assert code == 0
-    first, second = found["pairs"]
-    assert (first["reference"], first["candidate"]) == (scripts[0], scripts[1])
-    assert (first["faster"], first["decided_at"]) == ("yes", 3)
-    assert (second["candidate"], second["faster"], second["n"]) == (scripts[2], "not shown", 6)
-    assert first["same_data"] is False or second["same_data"] is False
-    # the decided A is left out after round 3
-    assert calls() == "B3 C3 C4 B4 B5 C5 C6 B6 B7 C7 C8 B8".split()
-    assert Path("record/calls").read_text().split() == ["-3", "-4", "-5"]
-    assert json.loads(Path("out/race_BC.json").read_text()) == second
-    assert "did not read the same data" in capsys.readouterr().out
-
-
-def test_one_failed_run_is_tried_again(trainer, exact):
-    candidate = f"{trainer} --name B --speed 0.9 --fail once1"
-    code, found = run(trainer, candidate, "--runs", 3, "--warmup_runs", 0)
-    assert (code, found["n"], found["faster"]) == (0, 3, "yes")
-    why = "exit code 1: train_gpt.py: planted failure"
-    assert found["failures"] == [{"run": "round001_B_seed1", "why": why}]
-
-
-def test_a_round_lost_leaves_the_pair(trainer, exact):
-    candidate = f"{trainer} --name B --speed 0.9 --fail always1"
-    code, found = run(trainer, candidate, "--runs", 4, "--looks", 1, "--warmup_runs", 0)
-    assert (code, found["n"], len(found["failures"])) == (0, 3, 2)
-    assert [round(t / 1000, 1) for t in found["times_ms"]["reference"]] == [1.0, 1.2, 1.3]
-
-
-def test_a_broken_script_leaves_the_race(trainer, exact):
-    code, found = run(trainer, f"{trainer} --fail always", "--runs", 9, "--warmup_runs", 0)
-    assert (code, found["faster"], found["n"], found["ratio"]) == (1, "failed", 0, None)
-    assert calls() == "-0 -0 -0 -1 -1 -1".split()
-
-
-def test_timeout_and_nan_are_failed_runs(trainer, exact):
-    flags = "--runs", 1, "--warmup_runs", 0
-    code, found = run(trainer, f"{trainer} --hang 0", *flags, "--timeout", 0.5)
-    assert code == 1 and found["n"] == 0, "nothing was raced"
-    assert {f["why"] for f in found["failures"]} == {"not finished after 0.5 s"}
-    code, found = run(trainer, f"{trainer} --nan yes", *flags, out="out2")
-    assert found["n"] == 0 and "val loss nan" in found["failures"][0]["why"]
-
-
-def test_max_hours(trainer, exact, capsys):
-    flags = "--runs", 9, "--looks", 1, "--warmup_runs", 0, "--max_hours", 1e-9
-    code, found = run(trainer, trainer, *flags)
-    assert code == 0 and found["n"] == 1 and found["faster"] == "undecided"
-    assert "hours" in capsys.readouterr().out
-
-
-def test_edited_during_the_race(trainer, exact, monkeypatch, capsys):
-    train = race.train
-
-    def edit(script, flags, folder, *args, **options):
-        if "round001" in folder.name:
-            Path(trainer).write_text(TRAINER + "# edited\n")
-        return train(script, flags, folder, *args, **options)
-
-    monkeypatch.setattr(race, "train", edit)
-    code, found = run(trainer, trainer, "--runs", 5, "--warmup_runs", 0)
-    assert code == 1 and found["n"] == 1 and "edited during the race" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "number, code",
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
-)
-def test_interrupt_prints_what_there_is(trainer, number, code):
-    command = [sys.executable, ROOT / "records", "race", trainer, f"{trainer} --name B --hang 2"]
-    process = subprocess.Popen(
-        [*command, "--out", "out", "--warmup_runs", "0"],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    deadline = time.monotonic() + 15
-    while not (Path("pid").exists() and Path("pid").read_text()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=10)
-    assert process.returncode == code and err == ""
-    assert "2 pairs" in out and "faster: undecided" in out
-    assert json.loads(Path("out/race.json").read_text())["n"] == 2
-    with pytest.raises(ProcessLookupError):  # no trainer is left behind
-        os.kill(int(Path("pid").read_text()), 0)
 
 
 def test_a_second_signal_leaves_no_trainer(tmp_path):
@@ -404,6 +281,255 @@ def test_nohup_stays_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
+# ------------------------------------------------------------------------------------- the text
+
+
+@pytest.fixture
+def known():
+    train, val = text(9_000, 1).astype("<u2"), text(1_000, 2).astype("<u2")
+    return corpus.Corpus(train, val, val, ("t", "v"), 256, 16, 256)
+
+
+def counts(*streams):
+    return sorted(np.bincount(np.concatenate(streams), minlength=257)[:256])
+
+
+def test_drawn_text_is_the_old_text_in_disguise(known):
+    drawn = known.drawn(np.random.default_rng(0))
+    assert len(drawn.hidden) == len(drawn.shown) == 257
+    assert (drawn.hidden != drawn.shown).any()
+    whole = np.concatenate((drawn.train, drawn.hidden, drawn.shown))
+    assert 0.8 * 10_000 < len(whole) < 10_000, "each document is cut"
+    # another number for each token, but for the mark: the frequencies stay about what they were
+    rare = [np.array(counts(*s)) for s in ((whole,), (known.train, known.hidden))]
+    assert np.abs(rare[0] / rare[0].sum() - rare[1] / rare[1].sum()).max() < 0.01
+    used = [set(np.concatenate(s)) for s in ((whole,), (known.train, known.hidden))]
+    assert used[0] != used[1] and len(used[0]) == len(used[1]) and 256 in used[0]
+    assert drawn.rows(drawn.hidden).shape == (16, 17)
+
+
+def test_draws_differ_and_some_are_reversed(known):
+    """Order, numbers and direction: no two draws are alike."""
+    draws = [known.drawn(np.random.default_rng(seed)) for seed in range(12)]
+    assert len({drawn.train.tobytes()[:200] for drawn in draws}) == 12
+    # text() climbs by 1 or 2; numbered back, a reversed draw falls
+    directions = set()
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        rng.permutation(len(known.documents()))
+        table = np.arange(257)
+        back = bool(rng.integers(2))
+        table[:-1] = np.argsort(np.arange(256) // 256 + rng.random(256))
+        original = np.argsort(table)[draws[seed].train]
+        inside = (original[1:] != 256) & (original[:-1] != 256)
+        climbs = np.diff(original)[inside] % 64
+        assert (np.isin(climbs, (62, 63)) if back else np.isin(climbs, (1, 2))).all()
+        directions.add(back)
+    assert directions == {True, False}
+
+
+def test_known_text_with_other_validation_documents(known):
+    drawn = known.drawn(np.random.default_rng(0), known=True)
+    old = {piece.tobytes() for piece in known.documents()}
+    starts = np.flatnonzero(drawn.train == 256)
+    pieces = [drawn.train[a + 1 : b].tobytes() for a, b in zip(starts, starts[1:], strict=False)]
+    assert all(piece in old for piece in pieces)
+    validation = {p.tobytes() for p in known.documents()[len(known.train) // 50 :]}
+    assert not validation & set(pieces)
+
+
+def test_gpt2_tokens_keep_about_their_rank():
+    train = np.random.default_rng(0).integers(0, 1000, 9000).astype("<u2")
+    train[::50] = 50256
+    known = corpus.Corpus(train, train, train, ("t", "v"), 50256, 16, 256)
+    drawn = known.drawn(np.random.default_rng(1))
+    assert (drawn.train[drawn.train < 50256] < 1024).all()
+
+
+def test_too_little_text_is_one_line(known):
+    few = corpus.replace(known, train=known.train[:300], val_tokens=700)
+    with pytest.raises(corpus.BadInput, match="too little text for 701 hidden"):
+        few.drawn(np.random.default_rng(0))
+
+
+def test_noise_and_batches(known):
+    rng = np.random.default_rng(0)
+    noise = known.noise(rng)
+    assert len(noise.shown) == len(known.shown) and (noise.shown < 256).all()
+    assert len(set(noise.shown)) > 200 and (noise.train == known.train).all()
+    sizes = known.batches(1000, rng, 8)
+    assert sum(sizes) == 1000 and set(sizes) == set(range(1, 9))
+
+
+def test_flags():
+    flags = ["--preset", "laptop", "--no_bf16", "--steps=9", "--window", "1", "2", "--seed", "3"]
+    values, rest = corpus.taken(flags, "steps", "seed", "lr")
+    assert values == dict(steps="9", seed="3", lr=None)
+    assert rest == ["--preset", "laptop", "--no_bf16", "--window", "1", "2"]
+    words = race.race_flags(["--log_dir", "x", "--val_every", "0"], 4)
+    assert words == ["--val_every", "0", "--seed", "4", "--checkpoint_every", "1000000"]
+
+
+# ------------------------------------------------------------------------------------------- races
+
+
+def test_a_race_from_end_to_end(trainer, capsys, monkeypatch):
+    """Losses are ours, by load_model, on text that no run was given."""
+    places, fill = [], runs.Place.fill
+    monkeypatch.setattr(runs.Place, "fill", lambda p, f: places.append(p.folder) or fill(p, f))
+    names = f"{trainer} --better 1 --step 0.3", f"{trainer} --better 1.01 --step 0.25"
+    code, found = run(*names, "--runs", 2, "--looks", 1)
+    assert code == 0, capsys.readouterr()
+    # 64 of the 257 tokens are used, under secret numbers: a guess that favours some is off
+    assert all(2 < loss < 7 for column in found["losses"].values() for loss in column)
+    assert (found["reference"], found["candidate"]) == names
+    assert found["machine"] and found["failures"] == [] and found["seeds"] == [0, 1]
+    assert found["run_ids"]["candidate"] == [f"2026-11-20_12-00-00_{seed}" for seed in (0, 1)]
+    assert not {"ratio", "faster", "ci", "n"} & set(found), "nothing that follows is stored"
+    assert set(found["data_sha256"]) == {"laptop_train_000000.bin", "laptop_val_000000.bin"}
+    out = capsys.readouterr().out
+    assert "2 pairs on cpu" in out and "faster: " in out and "sandbox" in out.lower()
+    assert len(set(places)) == 2 + 2 * 5 and not any(map(os.path.exists, places))
+
+
+def test_faster_at_equal_loss_stops_early(trainer, told, capsys):
+    names = f"{trainer} --step 0.2", f"{trainer} --step 0.1"
+    code, found = run(*names, "--runs", 9)
+    assert code == 0 and found["looks"] == [3, 6, 9]
+    decided = stats.outcome(found)
+    assert decided["faster"] == "yes" and decided["n"] == found["rounds"] < 9, found
+    assert decided["level"] == pytest.approx(0.01 / 3) and 0.2 < decided["ratio"] < 0.9
+    out = capsys.readouterr().out
+    assert "faster: yes" in out and "minutes left" in out
+    order = [line.split()[2] for line in out.splitlines() if line.startswith("round ")]
+    assert order[:4] == ["reference", "candidate", "candidate", "reference"]
+
+
+@pytest.mark.parametrize(
+    "flags, faster",
+    [
+        ("--step 0.35", "no"),  # slower
+        ("--step 0.1 --better -0.02", "no"),  # fast, but at a worse loss
+    ],
+)
+def test_not_faster(trainer, told, flags, faster):
+    names = f"{trainer} --step 0.15", f"{trainer} {flags}"
+    code, found = run(*names, "--runs", 3, "--looks", 1)
+    assert code == 0 and stats.outcome(found)["faster"] == faster
+
+
+def test_a_failed_run_is_tried_again_and_a_lost_round_is_left_out(trainer, told, capsys):
+    code, found = run(trainer, f"{trainer} --fail 1", "--runs", 3, "--looks", 1)
+    assert code == 0 and found["seeds"] == [0, 2] and len(found["failures"]) == 2
+    assert found["failures"][0]["run"] == "round001_candidate"
+    assert "planted failure" in found["failures"][0]["why"]
+    assert "makes no record" in capsys.readouterr().out
+
+
+def test_a_broken_script_is_told_before_the_race(trainer, told, capsys):
+    code, found = run(trainer, f"{trainer} --fail always", "--runs", 9)
+    assert code == 2 and found is None
+    assert "its run of 1 steps fails: exit code 1: train_gpt.py: planted" in capsys.readouterr().err
+
+
+def test_two_rounds_lost_end_the_race(trainer, told, monkeypatch):
+    score = race.score
+    monkeypatch.setattr(race, "score", lambda place, *rest: (_ for _ in ()).throw(runs.Failed("x")))
+    code, found = run(trainer, trainer, "--runs", 9)
+    assert code == 1 and found["seeds"] == [] and found["rounds"] == 2
+    monkeypatch.setattr(race, "score", score)
+
+
+def test_timeout_and_nan_are_failed_runs(trainer, told):
+    flags = "--runs", 1
+    code, found = run(trainer, f"{trainer} --hang 0", *flags, "--timeout", 2)
+    assert code == 1 and {f["why"] for f in found["failures"]} == {"not finished after 2 s"}
+    with pytest.raises(runs.Failed, match="not finite"), runs.Place(b"", {}) as place:
+        scored(place, np.full((4, 16), np.nan))
+
+
+def scored(place, losses):
+    """race.score of a model that gives these losses."""
+    made = corpus.Corpus(*[np.zeros(65, "<u2")] * 3, ("t", "v"), 256, 16, 64)
+    (place.folder / "checkpoints").mkdir()
+    (place.folder / "checkpoints/step_1.pt").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            race,
+            "ask",
+            lambda script, path, files, asked, *rest: {
+                name: losses[rows[:, 0]] for name, (rows, _, _) in asked.items()
+            },
+        )
+        rows = np.arange(4)[:, None] + np.zeros((4, 17), int)
+        return ORIGINAL(place, made, {"a": rows}, False, 9, np.random.default_rng(0))
+
+
+ORIGINAL = race.score
+
+
+def test_scores_come_in_the_order_of_the_rows():
+    with runs.Place(b"", {}) as place:
+        losses = np.arange(64.0).reshape(4, 16)
+        assert (scored(place, losses)["a"] == losses).all()
+
+
+def test_on_a_gpu_ones_own_start_up_is_taken_off_up_to_a_cap(trainer, monkeypatch):
+    walls = {"reference": 100.0, "candidate": 150.0}
+    held = race.Race.__new__(race.Race)
+    held.cuda = True
+    held.once = lambda who, *rest: {"wall_ms": walls[who]}
+    assert held.start_ups("x", 0) == walls
+    walls["candidate"] = 900.0
+    assert held.start_ups("x", 0) == {"reference": 100.0, "candidate": 200.0}
+    held.cuda = False
+    assert held.start_ups("x", 0) == {"reference": 100.0, "candidate": 100.0}
+
+
+def test_max_hours(trainer, told, capsys):
+    code, found = run(trainer, trainer, "--runs", 9, "--looks", 1, "--max_hours", 1e-9)
+    assert code == 0 and found["seeds"] == [0]
+    out = capsys.readouterr().out
+    assert "hours" in out and "faster: undecided" in out
+
+
+def test_edited_during_the_race(trainer, told, monkeypatch, capsys):
+    once = race.Race.once
+
+    def edit(held, who, seed, name, steps=None):
+        if name == "round001_startup":
+            Path(trainer).write_text(TRAINER + "# edited\n")
+        return once(held, who, seed, name, steps)
+
+    monkeypatch.setattr(race.Race, "once", edit)
+    code, found = run(trainer, trainer, "--runs", 5)
+    assert code == 1 and found["seeds"] == [0]
+    assert "edited during the race" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "number, code",
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
+def test_interrupt_prints_what_there_is(trainer, number, code):
+    command = [sys.executable, ROOT / "records", "race", trainer, f"{trainer} --hang 0"]
+    process = subprocess.Popen(
+        [*command, "--out", "out", "--runs", "2", "--", *FILES],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not Path("out/round000_startup").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == code and err == "", err
+    assert "0 pairs" in out and "faster: undecided" in out
+    assert json.loads(Path("out/race.json").read_text())["seeds"] == []
+    assert not any("--hang" in " ".join(child.cmdline()) for child in runs.offspring())
+
+
 def test_two_races_in_one_second(trainer, monkeypatch):
     monkeypatch.setattr(time, "strftime", lambda form: "race_now")
     assert [race.new_folder(None) for _ in "abc"] == [
@@ -414,23 +540,32 @@ def test_two_races_in_one_second(trainer, monkeypatch):
 # ------------------------------------------------------------------------------------ the report
 
 
-def report(**changes):
-    column = {"reference": [100.0, 101.0], "candidate": [90.0, 91.0]}
-    return dict(times_ms=column, logged_ms=column, wall_ms=column, same_data=True) | changes
+def made(walls, losses=(1.5, 1.5001, 1.5), **changes):
+    both = ("reference", "candidate")
+    return dict(
+        reference="a",
+        candidate="b",
+        device="cpu",
+        machine="m",
+        wall_ms=dict(zip(both, walls, strict=True)),
+        startup_ms={who: [100.0] * 3 for who in both},
+        losses={"reference": [1.5, 1.5001, 1.5], "candidate": list(losses)},
+        looks=[3],
+        alpha=0.01,
+        loss_margin=0.005,
+        failures=[],
+    ) | dict(changes)
 
 
-def test_warnings():
-    assert race.warnings(report()) == []
-    spread = {"reference": [3800.0, 37000.0], "candidate": [3800.0, 3900.0]}
-    found = race.warnings(report(times_ms=spread, logged_ms=spread, wall_ms=spread))
-    assert len(found) == 1 and "the reference's times spread from 3.8 to 37.0 s" in found[0]
-    half = {"reference": [100.0, 101.0], "candidate": [45.0, 45.5]}
-    assert "the candidate's logs tell 0.500 of" in race.warnings(report(logged_ms=half))[0]
-    wall = {"reference": [110.0, 111.0], "candidate": [180.0, 182.0]}
-    assert (
-        "the candidate spends 1.00 of its training time" in race.warnings(report(wall_ms=wall))[0]
-    )
-    assert "same data" in race.warnings(report(same_data=False))[0]
+def test_report_and_warnings():
+    quiet = made(([1100.0, 1105.0, 1103.0], [900.0, 905.0, 902.0]))
+    lines = race.report(quiet, "about 362 of 400 steps")
+    assert lines[0] == "b against a" and "time × 0.8" in lines[2]
+    assert "about 362 of 400 steps" in lines[4] and len(lines) == 5
+    spread = made(([3900.0, 37000.0, 4000.0], [900.0, 905.0, 902.0]))
+    assert "the reference's times spread from 3.8 to 36.9 s" in race.report(spread)[-1]
+    failed = race.report(quiet | {"failures": [{"run": "round000_candidate", "why": "x"}]})
+    assert "makes no record" in failed[-2]
 
 
 def test_how_far_the_steps_could_be_cut(tmp_path):
@@ -439,77 +574,45 @@ def test_how_far_the_steps_could_be_cut(tmp_path):
         f"step:{s}/400 train_loss:{3 - 0.2 * math.log(s):.4f} train_time:{s}ms step_avg:1.00ms\n"
         for s in range(1, 401)
     ]
-    path = tmp_path / "run.txt"
-    path.write_text("".join(lines) + "step:400/400 val_loss:1.8 train_time:400ms step_avg:1.00ms\n")
-    assert race.slope(logs.read_log(path)) == pytest.approx(0.2, abs=0.001)
-
-    def pairs(*gains):
-        made = [runs.Result(1.0, 1.0, 1.8 + gain, path, {}) for gain in gains]
-        return [(other, runs.Result(1.0, 1.0, 1.8, path, {})) for other in made]
-
-    found = race.steps_enough(pairs(0.019, 0.02, 0.021))
-    assert found["steps"] == 400 and found["enough"] == pytest.approx(400 * math.exp(-0.1), abs=1)
-    assert found["interval"][0] < found["enough"] < found["interval"][1] < 400
-    assert race.steps_enough(pairs(-0.02, 0.02, 0.021)) is None  # not shown to be better
-    assert race.steps_enough(pairs(0.02)) is None
-    text = race.text_of(
-        report(
-            n=2,
-            device="cpu",
-            machine="m",
-            ratio=0.9,
-            ci=[0.8, 1.0],
-            p_value=0.1,
-            loss_margin=0.005,
-            p_loss_not_worse=0.1,
-            loss_reference={"mean": 1.82, "std": 0.001},
-            faster="not shown",
-            loss_candidate={"mean": 1.8, "std": 0.001},
-            decided_at=None,
-            steps_enough=found,
-        )
+    folder = tmp_path / "round000_candidate"
+    folder.mkdir()
+    last = "step:400/400 val_loss:1.8 train_time:400ms step_avg:1.00ms\n"
+    (folder / "run.txt").write_text(
+        "".join(lines) + last + json.dumps(dict(val_loss=1.8, train_time_ms=400)) + "\n"
     )
-    assert any("about 362 of 400 steps" in line for line in text), text
-
-
-def test_validation_that_was_not_asked_for(tmp_path):
-    """What lies in front of a validation line is not timed, so there must be no more of them."""
-    path = tmp_path / "run.txt"
-    line = "step:{}/4 {}_loss:1.8 train_time:{}ms step_avg:1.00ms\n"
-    path.write_text("".join(line.format(s, kind, s) for s in (2, 4) for kind in ("train", "val")))
-    for every, fine in ((2, True), (0, False), (3, False), (None, True)):
-        result = runs.Result(1.0, 1.0, 1.8, path, {"config": {"val_every": every}})
-        if fine:
-            race.check_schedule(result, "x")
-        else:
-            with pytest.raises(runs.Failed, match="validated at step 2"):
-                race.check_schedule(result, "x")
+    assert race.slope(logs.read_log(folder / "run.txt")) == pytest.approx(0.2, abs=0.001)
+    held = race.Race.__new__(race.Race)
+    held.args = SimpleNamespace(out=tmp_path)
+    walls = [1100.0, 1105.0, 1103.0], [900.0, 905.0, 902.0]
+    held.race = made(walls, losses=(1.48, 1.4801, 1.479))
+    enough = int(held.cut().split()[1])
+    assert enough == pytest.approx(400 * math.exp(-0.1), abs=2)
+    held.race = made(walls, losses=(1.6, 1.48, 1.479))  # not shown to be better
+    assert held.cut() == ""
 
 
 @pytest.mark.parametrize(
-    "args, message",
+    "argv, words",
     [
-        (["t.py"], "needs two scripts"),
-        (["t.py", "missing.py"], "missing.py: no such file"),
-        (["t.py", "."], "train_gpt.py: no such file"),
-        (["t.py", "t.py", "--runs", "0"], "0 is not between 1"),
-        (["t.py", "t.py", "--rusn", "3"], "--rusn"),
-        (["t.py", "t.py --x '1"], "quote"),
-        (["t.py", "t.py", "--", "--seed", "3"], "--first_seed"),
-        (["t.py", "t.py --log_dir=x"], "--out"),
-        (["t.py", "t.py", "--out", "full"], "full: already there"),
-        (["t.py", "t.py", "--json", "none/x.json"], "none/x.json"),
-        (["t.py", "t.py", "--json", "full/precious"], "give a new file"),
-        (["t.py", "t.py --fail always"], "its warm-up run"),
+        (["nowhere.py", "t.py"], "no such file"),
+        (["t.py"], "required: SCRIPT"),
+        (["t.py", "t.py", "--", "--seed", "1"], "--seed: the race sets it itself"),
+        (["t.py", "t.py --log_dir x"], "--log_dir: the race sets it itself"),
+        (["t.py", "t.py 'x"], "quote the flags"),
+        (["t.py", "t.py", "--", "--preset", "none"], "--preset none"),
+        (["t.py", "t.py", "--", "--val_tokens", "x"], "must be a whole number"),
+        (["t.py", "t.py", "--", "--train_files", "no/*.bin"], "no such data"),
+        (["t.py", "t.py", "--out", ".", "--", "--val_tokens", "64"], "nothing is overwritten"),
+        (["t.py", "t.py", "--runs", "0"], "not between"),
     ],
 )
-def test_bad_input_is_one_line(trainer, capsys, args, message):
-    Path("full").mkdir()
-    Path("full/precious").write_text("x")
-    assert race.main(args) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("records race: ") and message in err and err.count("\n") == 1
-    assert Path("full/precious").read_text() == "x" and not Path("full/race.json").exists()
+def test_misuse_is_one_line(trainer, argv, words, capsys):
+    extra = [word for word in FILES if word not in ("--val_tokens", "2048")]
+    cut = [] if "--" in argv else ["--"]
+    assert race.main([*argv, *cut, *extra * ("no/*.bin" not in argv)]) == 2
+    out, error = capsys.readouterr()
+    assert error.startswith("records race: ") and error.count("\n") == 1, error
+    assert words in error and not out
 
 
 # --------------------------------------------------------------------------------- against nanoGPT
@@ -560,14 +663,14 @@ class GPT(torch.nn.Module):
 def nanogpt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("NPROC", raising=False)
-    for name, text in (
+    for name, content in (
         ("train.py", NANOGPT),
         ("model.py", MODEL),
         ("config/train_shakespeare_char.py", ""),
     ):
         path = tmp_path / "nanoGPT" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(content)
     (tmp_path / "ours.py").write_text(OURS)
     for name, count in (("train", 1000), ("val", 300)):
         shards.write_shard(tmp_path / f"{name}_0.bin", np.arange(count) % 257)
@@ -589,14 +692,9 @@ def test_nanogpt_time_leaves_evaluations_out():
 
 
 def test_first_validation_at_or_below():
-    log = (
-        "step:0/9 val_loss:5.5 train_time:0ms step_avg:0ms\nstep:4/9 val_loss:1.7000 "
-        "train_time:40ms step_avg:1ms\n"
-        "step:5/9 train_loss:1.1 train_time:50ms step_avg:1ms\n"
-        "step:8/9 val_loss:1.6000 train_time:80ms step_avg:1ms\n"
-    )
-    assert vs_nanogpt.first_at(log, 1.7) == (4, 40) and vs_nanogpt.first_at(log, 1.65) == (8, 80)
-    assert vs_nanogpt.first_at(log, 1.5) is None
+    run = logs.Run("x", val=[(0, 5.5, 0.0), (4, 1.7, 40.0), (8, 1.6, 80.0)])
+    assert vs_nanogpt.first_at(run, 1.7) == (4, 40) and vs_nanogpt.first_at(run, 1.65) == (8, 80)
+    assert vs_nanogpt.first_at(run, 1.5) is None
 
 
 def test_vs_nanogpt_pairs(nanogpt, monkeypatch, capsys):

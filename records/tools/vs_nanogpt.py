@@ -173,7 +173,7 @@ def one_pair(number: int, args, flags, val_size: int) -> dict:
         print(f"pair {number + 1}/{args.runs}: {name} ...", flush=True)
         done[name] = jobs[name]()
     theirs, ours = done["nanoGPT"], done["ours"]
-    count = min(int(ours.config["val_tokens"]), val_size - 1) // BLOCK * BLOCK
+    count = min(int(ours.result["config"]["val_tokens"]), val_size - 1) // BLOCK * BLOCK
     loss = evaluate_nanogpt(args.nanogpt, theirs_in, count, args.timeout)
     reached = first_at(ours, loss)
     return {
