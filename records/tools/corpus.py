@@ -19,7 +19,7 @@ ASKED_AT_ONCE = 8192  # tokens, or one row
 def taken(flags: list[str], *names: str) -> tuple[dict, list[str]]:
     """{name: its (last) value or None}, and the flags but for these."""
     parser = Parser("race", "", add_help=False)
-    for name in names:
+    for name in dict.fromkeys(names):
         parser.add_argument(f"--{name}")
     values, rest = parser.parse_known_args(flags)
     return vars(values), rest

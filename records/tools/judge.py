@@ -420,7 +420,7 @@ def read_record(folder: Path) -> tuple[list[str], str | None, dict]:
     if not claims:
         raise BadInput(f"{folder}: no run_*.txt with a seed and a val_loss; is it a record?")
     track = folder.resolve().parent.name
-    given = taken(found[0].header.get("argv", "").split(), "seed", "val_every", *texts.LOCAL)[1]
+    given = taken(found[0].header.get("argv", "").split(), "val_every", *texts.LOCAL)[1]
     return given, track if track in TRACKS else None, claims
 
 
