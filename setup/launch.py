@@ -105,9 +105,8 @@ def fineweb_shards(config) -> int:
     """How many FineWeb shards hold the training tokens of a run."""
     import train_gpt  # takes seconds, so not before bad input has been refused
 
-    sizes = (train_gpt.at_step(config.batch_tokens, step, config) for step in range(config.steps))
-    tokens = sum(sizes)
-    if config.max_document:
+    tokens = train_gpt.tokens_of(config)
+    if config.stages[0].max_document:
         tokens *= CUT_OFF
     return math.ceil((tokens + 1) / (config.epochs_allowed * FINEWEB_SHARD))
 
@@ -146,7 +145,7 @@ def count_processes(config, gpus: int) -> int:
     """How many processes this machine starts. Raises BadInput for a number that cannot share a
     batch evenly, with those that can.
     """
-    batches = {tokens // config.seq_len for tokens in config.batch_tokens}
+    batches = {stage.batch_tokens // stage.seq_len for stage in config.stages}
     most = gpus or min(batches)  # a process needs a row
     wanted = whole_number("NPROC", gpus or 1, 1, most)
     nodes = os.environ.get("PET_NNODES") or os.environ.get("NNODES") or "1"
@@ -279,7 +278,7 @@ def main(argv=None):
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
     processes, flags = 1, []
-    if not config.generate:
+    if config.generate is None:
         processes, flags = count_processes(config, gpus), rendezvous()
         if gpus and config.compile is not False and not fetch_only:
             check_compiler()
@@ -289,7 +288,7 @@ def main(argv=None):
     leave_cluster()
     set_threads(processes, on_cpu=not gpus)
     sys.stdout.flush()
-    if processes == 1 and "--standalone" in flags or config.generate:
+    if processes == 1 and "--standalone" in flags or config.generate is not None:
         os.execv(sys.executable, [sys.executable, "train_gpt.py", *argv])
     return torchrun([*flags, f"--nproc_per_node={processes}"], argv)
 

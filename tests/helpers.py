@@ -49,9 +49,9 @@ TINY = dict(
 )
 EVERY_METHOD = {  # each in its forms, small enough for a tiny run
     "relora": dict(relora=4, relora_warm_start=3, relora_interval=4),
-    "relora, muon": dict(relora=4, relora_warm_start=6, low_rank_optimizer="muon", normuon=0.9),
+    "relora, adam": dict(relora=4, relora_warm_start=6, matrix_optimizer="adam"),
     "galore": dict(galore=8, galore_interval=5),
-    "galore, muon": dict(galore=8, galore_interval=5, low_rank_optimizer="muon"),
+    "galore, adam": dict(galore=8, galore_interval=5, matrix_optimizer="adam"),
     "galore, 8 bit": dict(galore=8, galore_interval=5, galore_bits=8),
     "galore, per layer": dict(galore=8, galore_interval=5, galore_per_layer=True, galore_bits=8),
     "lawa": dict(lawa=3, lawa_interval=2),
@@ -88,12 +88,7 @@ def make_data(folder: Path, seed: int = 1) -> Path:
 
 
 def tiny(**changes) -> train_gpt.Config:
-    fields = TINY | changes
-    for field in dataclasses.fields(train_gpt.Config):
-        value = fields.get(field.name)
-        if isinstance(field.default, tuple) and isinstance(value, int | float):
-            fields[field.name] = (value,)
-    return train_gpt.Config(**fields)
+    return train_gpt.parse_config(words(**TINY | changes), "nov2024")
 
 
 def words(**fields) -> list[str]:
@@ -166,7 +161,7 @@ def run(argv: list[str], trainer=train_gpt) -> Outcome:
         make_log(log, *rest)
         paths.append(log.path)
 
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    numbers = (*train_gpt.STOP_SIGNALS, *train_gpt.SAVE_SIGNALS)
     handlers = {number: signal.getsignal(number) for number in numbers}
     with (
         warnings.catch_warnings(action="ignore"),  # torchrun's `record` wants a real stderr
@@ -203,15 +198,15 @@ def same(a: dict, b: dict) -> bool:
 @contextlib.contextmanager
 def at_step(step: int, act):
     """Call act(run) after update number `step`, 1-based, of training."""
-    update = train_gpt.update
+    update = train_gpt.step_optimizers
 
     def update_and_act(run):
         update(run)
-        if run.log and run.step + 1 == step:  # not the warm-up's
+        if run.clock and run.step + 1 == step:  # not the warm-up's
             act(run)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "update", update_and_act)
+        patch.setattr(train_gpt, "step_optimizers", update_and_act)
         yield
 
 

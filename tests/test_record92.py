@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import record92
 import torch
-from helpers import CPU, Ranks, write_shard
+from helpers import CPU
 
 import train_gpt
 
@@ -237,7 +237,9 @@ def test_a_whole_run_equals_the_twin(double):
         seen = {}
 
         def keep(step, before=before, seen=seen):
-            seen |= {n: p.grad.clone() for n, p in twin.model.named_parameters() if p.grad is not None}
+            seen |= {
+                n: p.grad.clone() for n, p in twin.model.named_parameters() if p.grad is not None
+            }
             before(step)
 
         twin.update = keep

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from data import shards
-from setup.launch import MALLOC
 from records.tools.command import Interrupted, interruptible, printable  # noqa: F401
+from setup.launch import MALLOC
 
 GRACE = 15  # seconds between SIGTERM and SIGKILL
 POLL = 0.01  # seconds between two looks at a process
