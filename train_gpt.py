@@ -3315,8 +3315,8 @@ def train(c, runtime, argv):
         line = f"stopped by a signal after step {run.step}: --resume {run.folder} goes on"
         log.line(line, echo=True)
         raise Stopped(*signals.stop) from None
-    log.line(json.dumps(result_of(run, val_loss, warmup_ms)))
     save_checkpoint(run)
+    log.line(json.dumps(result_of(run, val_loss, warmup_ms)))
     log.show(closing_lines(run, val_loss))
 
 

@@ -13,6 +13,7 @@ chain of references is its time relative to the track's first record, and only t
 winners of their race are ranked.
 """
 
+import datetime
 import os
 import re
 import sys
