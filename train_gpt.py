@@ -389,6 +389,25 @@ PRESETS = {
         n_embd=1600,
         lr_head=0.001,
     ),
+    # For your own text as GPT-2 tokens on a laptop; data/prepare.py prints the command
+    "small": Config(
+        "small",
+        stages=(Stage(steps=200, batch_tokens=2048, seq_len=128),),
+        target=7.0,
+        val_tokens=16384,
+        val_every=50,
+        epochs_allowed=1000,
+        spread_rows=True,
+        n_layer=4,
+        n_head=2,
+        n_embd=128,
+        bf16=False,
+        lr_head=0.008,
+        momentum_warmup=40,
+        cooldown=0.6,
+        train_files="data/mine/*_train_*.bin",
+        val_files="data/mine/*_val_*.bin",
+    ),
     "laptop": Config(
         "laptop",
         stages=(Stage(steps=138, batch_tokens=2048, seq_len=128),),
@@ -726,8 +745,8 @@ def init_runtime(c):
     fail_if(old and c.bf16, "this card has no bfloat16: use --no_bf16")
     if world_size > 1:
         address = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
-        if rank == 0:
-            print(f"waiting for {world_size} processes at {address}", flush=True)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by hand: the others may never come
+            print(f"rank {rank} of {world_size} waits for the others at {address}", flush=True)
         limit = datetime.timedelta(seconds=c.rank_timeout)
         dist.init_process_group(timeout=limit)
         runtime.loader_group = dist.new_group(backend="gloo", timeout=limit)
@@ -3356,6 +3375,10 @@ def start(argv):
     """Train, or sample. Raises whatever goes wrong."""
     gpu = torch.accelerator.is_available()
     c = parse_config(argv, "gpt2_small" if gpu else "laptop")
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    idle = glob.glob("/dev/nvidia[0-9]*") and not gpu and not hidden and c.device == "auto"
+    line = f"this machine has GPUs that torch {torch.__version__} cannot use: "
+    fail_if(idle, line + "install a fitting driver or torch, or give --device cpu")
     if c.generate is not None:
         return generate(c)
     runtime = init_runtime(c)
@@ -3368,6 +3391,8 @@ def main(argv=None):
     """Exit code: 0 done, 2 a user's mistake in one line, 1 a bug with its traceback, 128 + n
     stopped by signal n. Under torchrun `record` takes notes: the first error of all ranks is shown
     there."""
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal may not know all letters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         record(start)(sys.argv[1:] if argv is None else argv)
         return 0
