@@ -97,51 +97,36 @@ def check_result(run: Run) -> list[str]:
         lacking = [what for what in missing if f" {what} line" not in known]
         return [f"has no {what} line: cut off or edited" for what in lacking]
     steps, time = number(result.get("steps")), number(result.get("train_time_ms"))
-    target, loss = number(config.get("target")), number(result.get("val_loss"))
+    loss, target = number(result.get("val_loss")), number(config.get("target"))
     last_loss, last_time = run.val[-1][1:] if run.val else (loss, time)
     tokens = run.tokens(run.planned) if run.planned is not None else None
+    average = None if not steps or time is None else time / steps
     facts = [  # what, here, there, how far apart
-        ("val_loss of the last line and of the result", last_loss, result.get("val_loss"), 0.51e-4),
-        ("planned steps and the result's steps", run.planned, result.get("steps"), 0),
-        ("steps of config and result", config.get("steps"), result.get("steps"), 0),
+        ("val_loss of the last line and of the result", last_loss, loss, 0.51e-4),
+        ("planned steps and the result's steps", run.planned, steps, 0),
         ("tokens and the schedule of batch_tokens", result.get("tokens"), tokens, 0),
-        ("seed of config and result", config.get("seed"), result.get("seed"), 0),
-        ("config of header and result", digest(config), digest(result.get("config")), 0),
+        (
+            "step_avg_ms and train_time_ms over steps",
+            result.get("step_avg_ms"),
+            average,
+            0.01 + 1 / (steps or 1),
+        ),
         (
             "data hashes of header and result",
             digest(run.data),
             digest(result.get("data_sha256")),
             0,
         ),
-        (
-            "world_size of header and result",
-            header.get("world_size"),
-            str(result.get("world_size")),
-            0,
-        ),
+        ("config of header and result", digest(config), digest(result.get("config")), 0),
     ]
-    for key in ("source_sha256", "run_id", "device"):
-        facts.append((f"{key} of header and result", header.get(key), result.get(key), 0))
-    if "val_tokens" in result:  # logs of 2026-11-21 and before
-        facts.append(
-            ("val_tokens of config and result", config.get("val_tokens"), result["val_tokens"], 0)
-        )
-    if steps and time is not None:
-        average = result.get("step_avg_ms")
-        facts.append(
-            ("step_avg_ms and train_time_ms over steps", average, time / steps, 0.006 + 0.6 / steps)
-        )
-    if target is not None:
+    said = header | {"world_size": number_of(header.get("world_size"))} | config
+    known = set(said) & set(result) - {"config", "data_sha256"}
+    for key in sorted(known | {"run_id", "source_sha256", "device", "world_size", "seed", "steps"}):
+        facts.append((f"{key} of header and result", said.get(key), result.get(key), 0))
+    if target is not None and loss is not None and abs(loss - target) > 1e-6:  # six decimals
         facts.append(("target of config and result", target, result.get("target_val_loss"), 0))
-        if loss is not None and abs(loss - target) > 1e-6:  # the result line has six decimals
-            facts.append(
-                (
-                    "target_reached and val_loss <= target",
-                    result.get("target_reached"),
-                    loss <= target,
-                    0,
-                )
-            )
+        reached = result.get("target_reached")
+        facts.append(("target_reached and val_loss <= target", reached, loss <= target, 0))
     reasons = [disagreement(*fact) for fact in facts if disagreement(*fact)]
     if time is None or time <= 0:
         reasons.append(f"train_time_ms is {printable(time, 20)}: no clock shows that")
@@ -171,6 +156,10 @@ def disagreement(what: str, a, b, tolerance: float) -> str:
     x, y = number(a), number(b)
     wrong = a is None or a != b if x is None or y is None else abs(x - y) > tolerance
     return f"{what} do not agree: {printable(a, 40)} and {printable(b, 40)}" if wrong else ""
+
+
+def number_of(text):
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", str(text)) else text
 
 
 def digest(value) -> str:

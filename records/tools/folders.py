@@ -4,7 +4,6 @@ import datetime
 import functools
 import os
 import re
-import shlex
 import stat
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ MAX_FOLDER = 100_000  # bytes of a record folder beside its train_gpt.py
 MAX_SOURCE = 200_000  # bytes of that: room for a trainer, and not for weights or tables
 NAME = re.compile(r"(\d{4}-\d\d-\d\d)_[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
 FILE = re.compile(r"README\.md|train_gpt\.py|race\.json|run_(?:0|[1-9]\d{0,5})\.txt")
+FLAGS = {*LOCAL_FLAGS, "preset", "val_every"}  # of a record's runs
 GAP = "(fill in"  # what an unfinished README says
 MARKUP = re.compile(r"<[!/a-zA-Z]|[\x00-\x08\x0b\x0c\x0e-\x1f]")  # HTML, markers of blocks
 BOTH = ("reference", "candidate")
@@ -59,11 +59,8 @@ class Record:
 
 
 def reference_of(race) -> str:
-    try:
-        path = [*shlex.split(printable(race.get("reference"), 1000)), ""][0]
-    except ValueError:
-        path = ""
-    return os.path.basename(path.removesuffix("/train_gpt.py").rstrip("/"))
+    path = printable(race.get("reference"), 1000).removesuffix("/train_gpt.py")
+    return os.path.basename(path.rstrip("/"))
 
 
 # --------------------------------------------------------------------------------------- the files
@@ -334,11 +331,12 @@ def rank(record: Record, rules: Track, sha):
         f"race.json: {reason}" for reason in [*reasons, *[lost] * (bool(lost) and not early)]
     ]
     for run in group.runs:
-        for flag in foreign_flags(run.header.get("argv", "").split(), rules):
-            group.reasons.append(
-                f"{run.name}: was started with --{printable(flag, 40)}; what a record is has to"
-                f" stand in its train_gpt.py, which is what is raced"
-            )
+        foreign = set(re.findall(r"--(\w+)", run.header.get("argv", ""))) - FLAGS
+        group.refuse(
+            foreign,
+            f"{run.name}: was started with --{printable(' --'.join(foreign), 40)}; "
+            "what a record is has to stand in its train_gpt.py, which is what is raced",
+        )
 
 
 def level_of(folder, track) -> dict:
@@ -406,46 +404,14 @@ def check_plan(race, rules: Track, early: bool) -> list[str]:
         reasons.append(f"it ran {given} processes; the track demands {rules.world_size}")
     if not early and race.get("failures") != []:
         reasons.append("runs failed in it: race again")
-    return reasons + check_flags(race, rules)
-
-
-def check_flags(race, rules: Track) -> list[str]:
-    """Only flags of the track: what a record is stands in its train_gpt.py."""
-    reasons = []
-    for who in (*BOTH, "flags"):
-        given = race.get(who)
-        try:
-            words = shlex.split(given) if isinstance(given, str) else ["--"]
-        except ValueError:
-            words = ["--"]
-        own = foreign_flags(words, rules, local=()) if who == "flags" else parse_flags(words)
-        for name in own:
-            reasons.append(f"{who} had --{printable(name, 40)}, which is no flag of the track")
-        if who == "flags" and words and not words[0].startswith("--"):
-            reasons.append(f"flags begin with {printable(words[0], 40)}, which is none")
-        if who != "flags" and len(words) != 1:
-            reasons.append(f"{who} is not one path: {printable(given, 60)}")
+    wanted = f"(--preset {rules.preset or '[a-z0-9_]+'})?( ?--val_every 0)?"
+    if not re.fullmatch(wanted, str(race.get("flags"))):
+        given = printable(race.get("flags"), 60)
+        reasons.append(f"its flags are {given!r}, not the track's preset and --val_every 0 alone")
+    for who in BOTH:
+        if not re.fullmatch(r"[\w./-]+", str(race.get(who))):
+            reasons.append(f"{who} is not one path: {printable(race.get(who), 60)}")
     return reasons
-
-
-def parse_flags(words) -> dict[str, list[str]]:
-    """{name: values} of a command line, without a look at what the flags mean."""
-    flags, name = {}, None
-    for word in words:
-        if word.startswith("--"):
-            name, given, value = word[2:].partition("=")
-            flags[name] = [value] if given else []
-        elif name is not None:
-            flags[name].append(word)
-    return flags
-
-
-def foreign_flags(words, track: Track, local=LOCAL_FLAGS) -> list[str]:
-    """Flags that say what is computed, beside the track's preset and when to validate."""
-    flags = parse_flags(words)
-    if track.preset is None or flags.get("preset") == [track.preset]:
-        flags.pop("preset", None)
-    return [name for name in flags if name != "val_every" and name not in local]
 
 
 def check_runs(record: Record) -> list[str]:

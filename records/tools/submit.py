@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from records.tools import board, checks, folders, logs, race
-from records.tools.command import BadInput, Parser, command, markdown, need, printable, write_atomic
+from records.tools.command import BadInput, Parser, command, need, printable, write_atomic
 from records.tools.tracks import TRACKS
 
 TRAIN_LINES = (50, 20, 8, 2)  # training lines kept per log: the first that fits MAX_FOLDER
@@ -68,12 +68,8 @@ def change_line(source: bytes, previous: str | None, track: str) -> str:
         return f"First record of the {track} track; train_gpt.py has {length} lines."
     with open(os.path.join(previous, "train_gpt.py"), "rb") as f:
         added, removed = diff_stat(f.read(), source)
-    name = os.path.basename(os.path.abspath(previous))
-    other = os.path.basename(os.path.dirname(os.path.abspath(previous)))
-    link = markdown(name)
-    if other in TRACKS and folders.NAME.fullmatch(name):
-        way = "" if other == track else f"../{other}/"
-        link = f"[{name}](../{way}{name})"
+    name = os.path.basename(previous)
+    link = f"[{name}](../{name})"
     return f"Against {link}: train_gpt.py +{added} −{removed} lines ({length} in all)."
 
 
@@ -184,7 +180,6 @@ def parse_args(argv):
     add("--why", required=True, metavar="TEXT", help="why it works, who had the idea, a link")
     today = datetime.date.today().isoformat()
     add("--date", default=today, help="YYYY-MM-DD (default: today)")
-    add("--previous", metavar="FOLDER", help="record to compare with (default: the track's latest)")
     race.add_options(parser)
     args = parser.parse_args(argv)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}", args.name):
@@ -204,10 +199,6 @@ def parse_args(argv):
     for path in args.paths:
         if not os.path.exists(path):
             raise BadInput(f"{printable(path)} does not exist; give a script, a race or logs")
-    if args.previous and not os.path.isfile(os.path.join(args.previous, "train_gpt.py")):
-        raise BadInput(
-            f"--previous {printable(args.previous)} holds no train_gpt.py; give a record folder"
-        )
     need("scipy")
     return args
 
@@ -221,8 +212,6 @@ def main(argv) -> int:
     if os.path.lexists(folder):
         raise BadInput(f"{folder} exists already; choose another name or date")
     previous = previous_record(args.track, name)
-    if args.previous:
-        previous = os.path.normpath(args.previous)
     made_place = not os.path.isdir(place)
     os.makedirs(place, exist_ok=True)
     temporary = tempfile.mkdtemp(prefix=".tmp_", dir=place)
