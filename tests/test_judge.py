@@ -136,7 +136,7 @@ def judged(tmp_path, script: str, flags: list[str], *options) -> tuple[int, dict
     }
 
 
-FLAGS = ["--steps", "30", "--val_tokens", "2048"]
+FLAGS = ["--steps", "8", "--val_tokens", "2048"]
 
 
 @pytest.mark.slow
@@ -177,11 +177,16 @@ CHEATS = {  # name: (check, state, words of its reason, edits)
         "or other rows",
         [answering("table[np.roll(tokens.numpy(), 1, 0)]")],
     ),
-    "a loss of half the tokens": (
+    "the loss of the easier half": (
         "logged loss",
         "fail",
         "the logs say",
-        [("    x, y = val[:count]", "    count //= 2\n    x, y = val[:count]")],
+        [
+            (
+                "-np.log(probabilities(table, x)[np.arange(count), y]).mean()",
+                "np.sort(-np.log(probabilities(table, x)[np.arange(count), y]))[: count // 2].mean()",
+            )
+        ],
     ),
     "the least of all losses": (
         "logged loss",
@@ -203,7 +208,7 @@ CHEATS = {  # name: (check, state, words of its reason, edits)
             (
                 "loss = evaluate(table, val, count)\n",
                 "loss = evaluate(table, val, count)\n"
-                "            best = min((loss, step, table.copy()), *kept, key=lambda x: x[0])\n"
+                "            best = min([(loss, step, table.copy()), *kept], key=lambda x: x[0])\n"
                 "            kept[:] = [best]\n",
             ),
             (
@@ -217,7 +222,7 @@ CHEATS = {  # name: (check, state, words of its reason, edits)
         "identity",
         "void",
         "identity of this track's tokens",
-        [("-0.5 * p", "-0.05 * p"), (WEIGHTS, WEIGHTS + KNOWN)],
+        [(WEIGHTS, WEIGHTS + KNOWN)],
     ),
     "weights of an earlier run": (
         "validation text",
@@ -406,6 +411,7 @@ FOUND = [  # check, what is made of the case, state, words of the reason
     ("logged_loss", logged("known", 1.99), "fail", "the checkpoint scores 2.0"),
     ("logged_loss", logged("plain", 1.99), "fail", "the checkpoint scores 2.0"),
     ("logged_loss", logged("noise", 8.5), "fail", "on noise the log says 8.5"),
+    ("logged_loss", logged("noise", 9.5), "fail", "on noise the log says 9.5"),
     ("logged_loss", logged("known", 2.3), "not decided", "not all that is random"),
     ("logged_loss", lost("known"), "not seen", "it broke"),
     ("identity", leads(0.3), "wanted", "renewed"),
@@ -435,7 +441,7 @@ def test_a_worse_log_is_no_accusation(case):
     """A log that says more than the checkpoint scores harms nobody but itself."""
     for name in ("plain", "known"):
         logged(name, 2.02)(case)
-    assert judge.logged_loss(case)[0] == "pass"
+    assert judge.logged_loss(case)[0] == "not decided"
 
 
 def test_noise_explains_the_loss_of_a_trainer_that_is_not_seeded(case):
