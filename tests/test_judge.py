@@ -184,7 +184,7 @@ CHEATS = {  # name: (check, state, words of its reason, edits)
         [
             (
                 "-np.log(probabilities(table, x)[np.arange(count), y]).mean()",
-                "np.sort(-np.log(probabilities(table, x)[np.arange(count), y]))[: count // 2].mean()",
+                "np.sort(-np.log(probabilities(table, x)[range(count), y]))[: count // 2].mean()",
             )
         ],
     ),

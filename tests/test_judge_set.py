@@ -2,6 +2,7 @@
 Whether the judge tells cheats from honest variants is measured by tests/judge/evaluate.py."""
 
 import importlib.util
+import json
 import re
 import sys
 import threading
@@ -67,7 +68,7 @@ def test_an_honest_variant_trains_and_loads(patch, tmp_path, monkeypatch):
 
 def test_the_set_is_large_enough_and_listed():
     kinds = [path.parent.name for path in PATCHES]
-    assert kinds.count("cheats") >= 40 and kinds.count("honest") >= 25
+    assert kinds.count("cheats") >= 60 and kinds.count("honest") >= 50
     readme = (evaluate.HERE / "README.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `(\w+)` \|", readme, re.M)
     assert sorted(listed) == sorted(path.stem for path in PATCHES)
@@ -84,13 +85,30 @@ def test_outcomes(capsys):
 
 
 def test_verdicts_are_kept(tmp_path, monkeypatch):
-    calls, said = [], "pass      source  fine\nfail      clock   because\n\nnot legal"
-    monkeypatch.setattr(evaluate, "call", lambda words: calls.append(words) or (1, said))
+    calls = []
+    told = dict(
+        code=1,
+        checks=[
+            dict(name="a", state="pass", reason=""),
+            dict(name="b", state="fail", reason="why"),
+        ],
+    )
+
+    def call(words):
+        calls.append(words)
+        Path(words[words.index("--json") + 1]).write_text(json.dumps(told))
+        return told["code"], ""
+
+    monkeypatch.setattr(evaluate, "call", call)
     patch = PATCHES[0]
-    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail clock because")
-    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail clock because")
-    assert evaluate.judge(patch, tmp_path, ["--seed", "2"]) == (1, "fail clock because")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail b: why")
+    assert evaluate.judge(patch, tmp_path, ["--seed", "1"]) == (1, "fail b: why")
+    told.update(code=3)
+    told["checks"][1]["state"] = "void"
+    assert evaluate.judge(patch, tmp_path, ["--seed", "2"]) == (4, "void b: why")
     assert len(calls) == 2 and calls[0][-3:] == ["--", "--seed", "1"]
+    monkeypatch.setattr(evaluate, "call", lambda words: (70, "a bug"))
+    assert evaluate.judge(patch, tmp_path, ["--seed", "3"]) == (70, "a bug")
 
 
 def test_misuse(tmp_path):
