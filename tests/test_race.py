@@ -389,7 +389,7 @@ def test_a_race_from_end_to_end(trainer, capsys, monkeypatch):
     assert set(found["data_sha256"]) == {"laptop_train_000000.bin", "laptop_val_000000.bin"}
     out = capsys.readouterr().out
     assert "2 pairs on cpu" in out and "faster: " in out and "sandbox" in out.lower()
-    assert len(set(places)) == 2 + 2 * 5 and not any(map(os.path.exists, places))
+    assert len(set(places)) == 2 * 2 + 2 * 5 and not any(map(os.path.exists, places))
 
 
 def test_faster_at_equal_loss_stops_early(trainer, told, capsys):
@@ -432,12 +432,25 @@ def test_a_broken_script_is_told_before_the_race(trainer, told, capsys):
     assert "its run of 1 steps fails: exit code 1: train_gpt.py: planted" in capsys.readouterr().err
 
 
+def test_a_model_that_cannot_be_scored_is_told_before_the_race(trainer, capsys):
+    Path(trainer).write_text(TRAINER.replace("def load_model", "def other"))
+    code, found = run(trainer, trainer, "--runs", 9)
+    assert code == 2 and found is None
+    assert "the script has no load_model" in capsys.readouterr().err
+
+
 def test_two_rounds_lost_end_the_race(trainer, told, monkeypatch):
-    score = race.score
-    monkeypatch.setattr(race, "score", lambda place, *rest: (_ for _ in ()).throw(runs.Failed("x")))
+    score, scored = race.score, []
+
+    def fail(*args):
+        scored.append(args)
+        if len(scored) > 2:  # the warm-ups are well
+            raise runs.Failed("x")
+        return score(*args)
+
+    monkeypatch.setattr(race, "score", fail)
     code, found = run(trainer, trainer, "--runs", 9)
     assert code == 1 and found["seeds"] == [] and found["rounds"] == 2
-    monkeypatch.setattr(race, "score", score)
 
 
 def test_timeout_and_nan_are_failed_runs(trainer, told):

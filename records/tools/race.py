@@ -164,20 +164,19 @@ class Race:
             )
         for attempt in (name, f"{name}_again"):
             try:
-                return self.attempt(
-                    entry, race_flags([*self.flags, *entry.flags], seed, steps), attempt, steps
-                )
+                words = race_flags([*self.flags, *entry.flags], seed, steps)
+                return self.attempt(entry, words, attempt)
             except Failed as error:
                 self.race["failures"].append({"run": attempt, "why": str(error)})
                 print(f"    {attempt} failed: {error}", flush=True)
 
-    def attempt(self, entry, words, name: str, steps) -> dict:
+    def attempt(self, entry, words, name: str) -> dict:
         args = self.args
         with Place(entry.script, self.corpus.files()) as place:
             try:
                 wall = place.train(words, args.timeout, args.threads, args.processes)
                 found = {"wall_ms": round(1000 * wall, 1)}
-                if not steps:
+                if not name.removesuffix("_again").endswith("startup"):
                     run = logs.read_log(place.log())[0]
                     result = run.result or {}
                     rows = {"hidden": self.corpus.rows(self.corpus.hidden)}
@@ -191,7 +190,7 @@ class Race:
                 place.keep(args.out / name)
 
     def warm_up(self):
-        """A run of one step of each, thrown away. Raises BadInput where they fail."""
+        """A short run of each, scored and thrown away. Raises BadInput where that fails."""
         for who in BOTH:
             print(f"warm-up {who}", flush=True)
             name = f"warmup_{who}"
@@ -208,7 +207,7 @@ class Race:
         reference = self.once("reference", seed, f"{name}_startup", steps)
         own = reference
         if self.cuda and reference:
-            own = self.once("candidate", seed, f"{name}_startup_candidate", steps)
+            own = self.once("candidate", seed, f"{name}_candidate_startup", steps)
         if not (reference and own):
             return None
         theirs = reference["wall_ms"]
@@ -278,7 +277,7 @@ class Race:
         found, race = stats.outcome(self.race), self.race
         gains = [a - b for a, b in zip(*(race["losses"][who] for who in BOTH), strict=True)]
         half = stats.half_interval(gains)
-        paths = sorted(self.args.out.glob("round*_candidate*/*.txt"))
+        paths = sorted(self.args.out.glob("round???_candidate/*.txt"))
         candidates = [run for path in paths for run in logs.read_log(path) if run.result]
         fall = slope(candidates)
         if half is None or fall is None or found["n"] == 0 or np.mean(gains) <= half:

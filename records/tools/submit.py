@@ -221,7 +221,7 @@ def main(argv) -> int:
             path = hold(path, args)
         if os.path.isdir(path) and not more:
             race_file = os.path.join(path, "race.json")
-            args.paths = sorted(map(str, Path(path).glob("round*_candidate*/*.txt")))
+            args.paths = sorted(map(str, Path(path).glob("round???_candidate/*.txt")))
             if not args.paths or not os.path.isfile(race_file):
                 raise BadInput(f"{path}: no race.json and candidate's logs; give a race's folder")
         runs = read_runs(args.paths, args.track)
