@@ -450,6 +450,16 @@ def test_noise_explains_the_loss_of_a_trainer_that_is_not_seeded(case):
     assert judge.logged_loss(case)[0] == "not decided"
 
 
+def test_on_cuda_as_near_as_two_runs_of_the_same_is_equal(case):
+    repeated(0.15)(case)
+    case.args.cuda = True
+    assert judge.validation_text(case)[0] == "pass"
+    repeated(0.1)(case)
+    assert judge.validation_text(case)[0] == "not decided"
+    repeated(0.001)(case)
+    assert judge.validation_text(case)[0] == "fail"
+
+
 def test_facts_are_one_line(case):
     line = judge.facts(case)
     assert "\n" not in line and line.startswith("parameters 7, bytes of optimizer state ?, ")

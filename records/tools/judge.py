@@ -61,6 +61,7 @@ FEW = 0.01  # share of positions whose losses may differ by more, where there is
 LEAK = 0.003  # nats a token that later tokens may seem to be worth
 REPEATED = 5  # times as far apart as two runs of the same, and by ...
 UNSEEDED = 0.05  # ... so many nats: noise explains no more
+CLOSE = 1.5  # times as far apart as two runs of the same: on CUDA, that is equal
 LEAD = 0.1  # nats of a lead that noise, other text and other numbers may take away
 VERDICTS = {0: "legal", 1: "not legal", 3: "nothing against it, but not all was seen or decided"}
 
@@ -309,6 +310,12 @@ def validation_text(case):
     seen = f"{worth:.3f} nats with noise for validation text, {noise:.3f} from run to run"
     if worth > REPEATED * noise + UNSEEDED:
         return "fail", f"{reason}: {seen}"
+    apart = [
+        float(np.abs(case[name].losses["probe"] - case["shown"].losses["probe"]).mean())
+        for name in ("noise", "again")
+    ]
+    if case.args.cuda and apart[0] <= CLOSE * apart[1]:  # no two runs are equal there
+        return "pass", f"as near as two runs of the same: {apart[0]:.4f} and {apart[1]:.4f} nats"
     return "not decided", f"not all that is random is seeded: {seen}"
 
 
