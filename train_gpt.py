@@ -392,7 +392,7 @@ PRESETS = {
     # For your own text as GPT-2 tokens on a laptop; data/prepare.py prints the command
     "small": Config(
         "small",
-        stages=(Stage(steps=200, batch_tokens=2048, seq_len=128),),
+        stages=(Stage(steps=200, batch_tokens=1024, seq_len=128),),
         target=7.0,
         val_tokens=16384,
         val_every=50,
