@@ -527,11 +527,12 @@ def training_command(out: Path, name: str, tokenizer: str) -> str:
     from train_gpt import PRESETS  # takes seconds
 
     c = PRESETS[PRESET[tokenizer]]
+    seq_len = c.max_seq_len
     folder = out.resolve()
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
     words = ["./run.sh", "--preset", PRESET[tokenizer]]
     rows = []
-    for split, length in (("train", c.seq_len), ("val", c.val_len)):
+    for split, length in (("train", seq_len), ("val", c.val_len)):
         words += [f"--{split}_files", f"{glob.escape(str(folder))}/{name}_{split}_*.bin"]
         counts = [shards.read_header(path) for path in out.glob(f"{name}_{split}_*.bin")]
         rows.append(sum((count - 1) // length for count in counts if count))
@@ -541,10 +542,10 @@ def training_command(out: Path, name: str, tokenizer: str) -> str:
                 f"takes {length + 1}"
             )
     train_rows, val_rows = rows
-    most = max(c.batch_tokens) // c.seq_len
+    most = max(stage.batch_tokens for stage in c.stages) // seq_len
     batch = min(most, train_rows)
     if batch < most:
-        words += ["--batch_tokens", str(batch * c.seq_len)]
+        words += ["--batch_tokens", str(batch * seq_len)]
     epochs = math.ceil(c.steps * batch / (train_rows // batch * batch))
     if epochs > c.epochs_allowed:
         words += ["--epochs_allowed", str(epochs)]
