@@ -179,14 +179,10 @@ class Config:
     log_dir: str = "logs"  # the log is <log_dir>/<run_id>.txt
     micro_batch: int = 0  # rows per forward pass of a rank; 0: as many as fit
     rank_timeout: float = 600.0  # seconds that ranks wait for each other before they give up
-    checkpoint_every: int = (
-        0  # updates between checkpoints; 0: only when the run ends or is stopped
-    )
+    checkpoint_every: int = 0  # updates between checkpoints; 0: only at the end or when stopped
     checkpoint_keep: int = 2  # newest checkpoints of the run that stay on disk
     checkpoint_dir: str = "checkpoints"  # they are <checkpoint_dir>/<run_id>/step_<n>.pt
-    resume: str = (
-        ""  # train on from a checkpoint: its path, latest, or auto: latest if there is one
-    )
+    resume: str = ""  # train on from a checkpoint: its path, latest, or auto: latest if any
     resume_anyway: bool = False  # ... although flags, source or data changed
     generate: str | None = None  # do not train, continue this text
     checkpoint: str = "latest"  # ... with the model of this checkpoint: its path, or latest
@@ -259,7 +255,10 @@ def check_config(c):
     check_model(c)
     early = c.compile and c.galore_per_layer  # compiled, the backward pass frees nothing early
     fail_if(early, "--galore_per_layer needs --no_compile: else it would save no memory")
-    methods = [c.relora, c.galore, c.sparsity or c.mup_base_width]
+    supar = bool(c.sparsity or c.mup_base_width)
+    line = "SuPar has no rule for --matrix_optimizer anvil: use muon or adam"
+    fail_if(supar and c.matrix_optimizer == "anvil", line)
+    methods = [c.relora, c.galore, supar]
     fail_if(sum(map(bool, methods)) > 1, "--relora, --galore and SuPar exclude each other")
     fail_if(c.relora > c.n_embd, f"--relora {c.relora}: the rank must be at most --n_embd")
 
@@ -463,7 +462,10 @@ def edit_stages(stages, columns):
         pairs = zip(stages, values, strict=True)
         stages = tuple(dataclasses.replace(stage, **{name: value}) for stage, value in pairs)
     total = columns.get("steps", ())
-    return rescale(stages, total[0]) if len(total) == 1 and total[0] > 0 else stages
+    if len(total) != 1:
+        return stages
+    fail_if(not 0 < total[0] < 2**63, f"--steps {total[0]}: must be a number from 1 to 2^63")
+    return rescale(stages, total[0])
 
 
 def describe_flags(owner, values):
@@ -3685,11 +3687,9 @@ class SuPar(Method):
         c, self.masks = self.config, {}
         m_d, density = c.n_embd / (c.mup_base_width or c.n_embd), 1 - c.sparsity
         factors = {"adam": 1 / (m_d * density), "muon": density**-self.MUON_POWER}
-        rule = c.matrix_optimizer
-        fail_if(rule not in factors, f"SuPar has no rule for --matrix_optimizer {rule}")
         for name, p in model.named_parameters():
             if p.group == "matrix":
-                p.lr_mult *= factors[rule]
+                p.lr_mult *= factors[c.matrix_optimizer]
                 drawn = torch.rand(p.shape, generator=seeded(c.seed, "mask", name))
                 self.masks[name] = drawn < density
                 p.mul_(self.masks[name]).mul_(density**-0.5)
