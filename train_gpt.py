@@ -1115,7 +1115,7 @@ class View:
 def attention_mask(docs, window, flex):
     """The one attention rule: causal; back by `window` tokens, if any; within a document, for
     document numbers [B, T], if any. Returns what the backend wants: a BlockMask, or bool
-    [B or 1, 1, T, T]."""
+    [B, 1, T, T]."""
 
     def allowed(b, h, q, k):
         seen = q >= k
@@ -1485,7 +1485,7 @@ class GPT2024(GPT):
         mask = None
         if c.doc_mask or view.window is not None:
             docs = (tokens == c.vocab_size - 1).cumsum(1)
-            docs = docs if c.doc_mask else torch.zeros_like(docs[:1])
+            docs = docs if c.doc_mask else torch.zeros_like(docs)
             mask = attention_mask(docs, view.window, tokens.is_cuda and c.compile)
         shared = dict(x0=x, values=values, view=view, mask=mask)  # by all blocks
         for block in self.blocks:
