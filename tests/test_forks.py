@@ -1,4 +1,4 @@
-"""Eight edits that people make, kept as patches: each is small, applies, trains and resumes.
+"""Nine edits that people make, kept as patches: each is small, applies, trains and resumes.
 
 They hold train_gpt.py to being easy to edit. Where a change of it breaks one, mend the patch; where
 the patch has to grow, think again about the change."""
@@ -7,20 +7,27 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, Outcome, flags, make_data, run, same, text, write_shard
+from test_format import check_size
 
 import train_gpt
 
 FORKS = ROOT / "tests" / "forks"
 MOST_PLACES = 4
+SHORT_LAPTOP = dict(  # its stages, some of its updates; the first one ends at a checkpoint
+    preset="laptop", steps=15, batch_tokens=None, seq_len=None, ngram_rows=64, epochs_allowed=20
+)
+FILES = "train", "mix"  # shards of the fork with two sources
 TRAINED = {  # fork: the flags that switch it on
     "swiglu": [{}, dict(relora=4, relora_warm_start=3)],
     "value_embeddings": [dict(value_embeds=True, n_layer=4, lr_value=0.1)],
     "lion": [dict(matrix_optimizer="lion", lr_lion=0.002)],
-    "half_the_batch_first": [dict(preset="laptop", batch_tokens=None, epochs_allowed=9)],
+    "half_the_batch_first": [SHORT_LAPTOP],
+    "seq_len_curriculum": [SHORT_LAPTOP],
     "ema": [dict(ema=0.5), dict(ema=0.5, relora=4, relora_warm_start=3, relora_interval=4)],
     "grouped_query_attention": [dict(n_kv_head=1), dict(n_kv_head=1, galore=4)],
     "two_sources": [dict(mix_files="{folder}/mix_*.bin")],
@@ -41,8 +48,8 @@ def hunks(patch: str) -> list[str]:
     return [head + "\n", *(f"@@ {place.rstrip()}\n" for place in places)]
 
 
-def forked(name: str, folder, without: int | None = None):
-    """The trainer as a module of its own, with a fork's patch, or all of its places but one."""
+def patched(name: str, folder, without: int | None = None) -> Path:
+    """A copy of the trainer with a fork's patch, or all of its places but one."""
     parts = hunks((FORKS / f"{name}.patch").read_text())
     if without is not None:
         del parts[without]
@@ -51,7 +58,12 @@ def forked(name: str, folder, without: int | None = None):
     command = ["git", "apply", "-C1", "--recount", "fork.patch"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    path = folder / "train_gpt.py"
+    return folder / "train_gpt.py"
+
+
+def forked(name: str, folder, without: int | None = None):
+    """The same as a module of its own."""
+    path = patched(name, folder, without)
     spec = importlib.util.spec_from_file_location(f"fork_{folder.name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -68,10 +80,11 @@ def train(module, data, folder, **changes) -> Outcome:
     return run(flags(data, **files, **changes), module)
 
 
-def test_all_are_tested_and_small():
+def test_all_are_tested_and_small(tmp_path):
     assert {path.stem for path in FORKS.glob("*.patch")} == set(TRAINED)
     for path in FORKS.glob("*.patch"):
         assert len(hunks(path.read_text())) - 1 <= MOST_PLACES, path
+        check_size(patched(path.stem, tmp_path).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -103,8 +116,12 @@ def test_what_the_forks_promise(data, tmp_path):
         folder.mkdir()
         return folder
 
-    half = forked("half_the_batch_first", place("half"))
-    assert half.PRESETS["laptop"].batch_tokens == (1024, 2048, 2048)
+    for name, sizes in {
+        "half_the_batch_first": [(46, 1024, 128), (92, 2048, 128)],
+        "seq_len_curriculum": [(46, 2048, 64), (92, 2048, 128)],
+    }.items():
+        stages = forked(name, place(name)).PRESETS["laptop"].stages
+        assert [(s.steps, s.batch_tokens, s.seq_len) for s in stages] == sizes
 
     ema = forked("ema", place("ema"))
     method, decay = ema.EMA(ema.Config("nov2024", ema=0.75)), 0.75
@@ -124,21 +141,25 @@ def test_what_the_forks_promise(data, tmp_path):
     assert val == same_val and float(with_some[2]) > float(with_none[2]) + 1
 
     mixed = forked("two_sources", place("mix"))
-    shards = [mixed.Shards(f"{data}/{kind}_*.bin", kind, 32) for kind in ("train", "mix")]
-    rows = mixed.Mix(*shards).read(range(10))
-    parts = [shards[0].read([0, 1, 2, 3]), shards[1].read([0]), shards[0].read([4, 5, 6, 7])]
-    assert torch.equal(rows, torch.cat([*parts, shards[1].read([1])]))
+    shards = [mixed.Shards(f"{data}/{kind}_*.bin", f"{kind}_files", 256) for kind in FILES]
+    both, (first, second) = mixed.Mixture(*shards), shards
+    expected = [(first, n) for n in (0, 1, 2, 3)] + [(second, 0)]
+    expected += [(first, n) for n in (4, 5, 6, 7)] + [(second, 1)]
+    for number, (source, row) in enumerate(expected):
+        mixture = both.read(both.row(number, 32))
+        assert mixture.tolist() == source.read(source.row(row, 32)).tolist()
+    assert both.count(32) == 5 * min(first.count(32) // 4, second.count(32))
 
 
 FORGOTTEN = [  # fork, its place that is left out, what the answer names
-    ("value_embeddings", 2, "no optimizer trains value_embeds.0.weight"),
+    ("value_embeddings", 3, "no optimizer trains value_embeds.0.weight"),
     ("value_embeddings", 1, "--lr_value"),
     ("lion", 1, "invalid choice: 'lion'"),
     ("lion", 2, "lion"),
     ("ema", 1, "--ema"),
     ("grouped_query_attention", 1, "--n_kv_head"),
     ("two_sources", 1, "--mix_files"),
-    ("two_sources", 2, "name 'Mix' is not defined"),
+    ("two_sources", 2, "name 'Mixture' is not defined"),
     ("z_loss", 1, "--z_loss"),
 ]
 

@@ -1,4 +1,4 @@
-"""The model against a plain form of itself, its masks, its first values, what each switch does."""
+"""GPT2024 against a plain form of itself, its masks, its first values, what each switch does."""
 
 import functools
 import math
@@ -6,15 +6,16 @@ import math
 import pytest
 import torch
 from helpers import CPU, same, tiny
+from torch.nn.attention import flex_attention
 
 import train_gpt
-from train_gpt import GPT, attend, attention_mask, layer_plan, make_optimizers, rotate
+from train_gpt import GPT2024, attention_mask, make_optimizers, rotate
 
 EOT, T = 256, 32
 EAGER_FLEX = "ignore:flex_attention called without torch.compile"
 
 
-def stir(model: GPT) -> GPT:
+def stir(model: GPT2024) -> GPT2024:
     """Every parameter away from the values at which it does nothing."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -23,8 +24,8 @@ def stir(model: GPT) -> GPT:
     return model
 
 
-def make(**changes) -> GPT:
-    return GPT(tiny(**changes))
+def make(**changes) -> GPT2024:
+    return GPT2024(tiny(**changes))
 
 
 def some_tokens(seed=0) -> torch.Tensor:
@@ -46,9 +47,9 @@ def naive_mask(tokens, window, doc_mask):
     return mask
 
 
-def naive_attention(q, k, v, mask, scale=None):
+def naive_attention(q, k, v, mask):
     """Of one head, [B, T, head_dim]."""
-    scores = q @ k.mT * (scale or q.size(-1) ** -0.5)
+    scores = q @ k.mT * q.size(-1) ** -0.5
     return torch.softmax(scores.masked_fill(~mask, -math.inf), -1) @ v
 
 
@@ -66,11 +67,13 @@ def rms(x):
     return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
 
 
-def naive_rotary(x):
-    """[B, T, head_dim]; each pair (i, i + half) turns by position times frequency."""
-    half, y = x.size(-1) // 2, x.clone()
+def naive_rotary(x, half_rotary=False):
+    """[B, T, head_dim]; each pair (i, i + half) turns by position times frequency. half_rotary:
+    among the first half of the dims alone."""
+    half, y = x.size(-1) // (4 if half_rotary else 2), x.clone()
     for i in range(half):
-        angle = torch.arange(T) * 10000.0 ** (-i / half)
+        frequency = 1024.0 ** (-i / (half - 1)) if half_rotary else 10000.0 ** (-i / half)
+        angle = torch.arange(T) * frequency
         y[..., i] = x[..., i] * angle.cos() + x[..., i + half] * angle.sin()
         y[..., i + half] = x[..., i + half] * angle.cos() - x[..., i] * angle.sin()
     return y
@@ -87,7 +90,7 @@ def plain_embedding(c, w, tokens):
     return x
 
 
-def plain_forward(model: GPT, tokens):
+def plain_forward(model: GPT2024, tokens):
     """The whole model again, spelled out from the config in fp32, one head at a time."""
     c, w = model.config, dict(model.named_parameters())
     head_dim, v1 = c.n_embd // c.n_head, None
@@ -101,13 +104,20 @@ def plain_forward(model: GPT, tokens):
         if c.value_residual:
             share = w[f"{name}.attn.value_lambda"]
             v = (1 - share) * v + share * v1
-        short = c.short_window[0] and layer in (0, 2)  # of four layers, 1 and 3 look back further
-        mask = naive_mask(tokens, c.short_window[0] if short else c.window[0], c.doc_mask)
+        if c.value_embeds:
+            share = 2 * torch.sigmoid(rms(x)[..., :12] @ w[f"{name}.attn.value_gate.weight"].T)
+            number = (0, 1, 0, 1, 2)[layer]  # of five layers
+            table = w[f"value_embeds.{number}.weight"][tokens]
+            v = v + share.repeat_interleave(head_dim, -1) * table
+        mask = naive_mask(tokens, c.stages[0].window, c.doc_mask)
         heads = []
         for h in range(c.n_head):
             qh, kh, vh = (t[..., h * head_dim : (h + 1) * head_dim] for t in (q, k, v))
-            q_and_k = naive_rotary(rms(qh)), naive_rotary(rms(kh))
-            heads.append(naive_attention(*q_and_k, vh, mask, c.attention_scale))
+            qh, kh = (naive_rotary(rms(t), c.half_rotary) for t in (qh, kh))
+            if c.key_offset:
+                still = kh[..., head_dim // 2 :].clone()
+                kh[:, 1:, head_dim // 2 :] = still[:, :-1]
+            heads.append(naive_attention(qh, kh, vh, mask))
         x = x + torch.cat(heads, -1) @ w[f"{name}.attn.o.weight"].T
         hidden = (rms(x) @ w[f"{name}.mlp.up.weight"].T).relu().square()
         x = x + hidden @ w[f"{name}.mlp.down.weight"]
@@ -127,11 +137,13 @@ SWITCHES = {
     "ngrams": dict(ngram=4, ngram_rows=50),
     "ngrams, documents": dict(ngram=3, ngram_rows=97, doc_mask=True),
     "windows": dict(window=7),
-    "short and long windows": dict(n_layer=4, window=9, short_window=3),
-    "scale of the scores": dict(attention_scale=0.1),
-    "first values": dict(residual_scale=1.1, init_qkv=2.0, init_up=0.5),
+    "half rotary": dict(half_rotary=True),
+    "key offset": dict(key_offset=True),
+    "key offset, half rotary": dict(key_offset=True, half_rotary=True),
+    "value embeds": dict(n_layer=5, value_embeds=True),
+    "value embeds alone": dict(n_layer=5, value_embeds=True, value_residual=False),
     "documents": dict(doc_mask=True),
-    "documents, windows": dict(n_layer=4, doc_mask=True, window=4, short_window=2),
+    "documents, windows": dict(n_layer=4, doc_mask=True, window=4),
     "one head": dict(n_head=1),
     "plain": dict(value_residual=False, embed_residual=False, untie_head=False, softcap=0.0),
 }
@@ -205,7 +217,7 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
             may_move[row, at:] = True
             if c.doc_mask:
                 may_move &= document == document[row, at]
-            if c.window[0]:  # two layers, each 4 back
+            if c.stages[0].window:  # two layers, each 4 back
                 may_move[row, at + 2 * 4 + 1 :] = False
             assert moved[~may_move].max() < 1e-6, "changed where it must not"
             assert moved[may_move].min() > 1e-5, "did not change where it must"
@@ -215,20 +227,34 @@ def test_a_token_changes_nothing_before_it_nor_in_other_documents(changes):
 @pytest.mark.parametrize("window", [0, 1, 6, 31, 32, 100])
 @pytest.mark.parametrize("doc_mask", [False, True])
 @pytest.mark.filterwarnings(EAGER_FLEX)
-def test_backends_against_a_naive_mask(attention, window, doc_mask, monkeypatch):
-    config, tokens = tiny(window=window, doc_mask=doc_mask), some_tokens()
-    monkeypatch.setattr(train_gpt, "use_flex", lambda docs, c: attention == "flex")
+def test_backends_against_a_naive_mask(attention, window, doc_mask):
+    tokens, flex = some_tokens(), attention == "flex"
+    attn = train_gpt.Attention(tiny(n_head=3, n_embd=48), (16, 16), (None, None))
     q, k, v = torch.randn(3, 2, T, 3, 16, generator=torch.Generator().manual_seed(1))
-    reach = torch.tensor(window or 2**30)
-    mask = attention_mask((tokens == EOT).cumsum(1), reach, config)
-    y, by_rule = attend(0.25 * q, k, v, mask), naive_mask(tokens, window, doc_mask)
+    docs = (tokens == EOT).cumsum(1)
+    docs = docs if doc_mask else torch.zeros_like(docs)
+    mask = attention_mask(docs, torch.tensor(window) if window else None, flex)
+    assert isinstance(mask, train_gpt.BlockMask) == flex
+    still = torch.stack((torch.ones(T, 1, 8), torch.zeros(T, 1, 8)))  # angles of 0
+    view = train_gpt.View(still, torch.tensor(0.25), None)
+    y, by_rule = attn.attend(q, k, v, view, mask), naive_mask(tokens, window, doc_mask)
     for head in range(3):
-        expected = naive_attention(q[:, :, head], k[:, :, head], v[:, :, head], by_rule)
+        normed = rms(q[:, :, head]), rms(k[:, :, head])
+        expected = naive_attention(*normed, v[:, :, head], by_rule)
         torch.testing.assert_close(y[:, :, head], expected, atol=1e-5, rtol=0)
-    needed = doc_mask or window > 0
-    assert (mask is not None) == needed, "plain causal attention needs no mask"
-    if needed:
-        assert isinstance(mask, train_gpt.BlockMask) == (attention == "flex")
+
+
+@pytest.mark.parametrize("doc_mask, window", [(False, 0), (False, 9), (True, 0)])
+def test_plain_causal_attention_needs_no_mask(doc_mask, window, monkeypatch):
+    seen, attend = [], train_gpt.Attention.attend
+
+    def look(self, q, k, v, view, mask):
+        seen.append(mask)
+        return attend(self, q, k, v, view, mask)
+
+    monkeypatch.setattr(train_gpt.Attention, "attend", look)
+    make(doc_mask=doc_mask, window=window)(some_tokens())
+    assert all((mask is not None) == (doc_mask or window > 0) for mask in seen) and seen
 
 
 def test_ngrams_spread_over_their_table():
@@ -243,70 +269,48 @@ def test_ngrams_spread_over_their_table():
     assert all(not table.weight.any() for table in model.ngrams), "they start at zero"
 
 
-RECIPE = dict(  # every piece of the recipe of January 2026, on four layers
-    n_layer=4,
-    value_residual=False,
-    tied_share=0.5,
-    bigram_rows=97,
-    **dict.fromkeys("value_embeds smear middle_skip backout attention_gate".split(), True),
-    **dict.fromkeys("attention_factors paired_heads key_offset half_rotary".split(), True),
-    **dict.fromkeys("yarn sigmoid_softcap multi_token doc_mask".split(), True),
-    window=(6, 12, 16),
-    short_window=(3, 6, 8),
-)
+@pytest.mark.parametrize("length", [128, 256, 300])
+@pytest.mark.parametrize("window", [None, 1, 40, 127, 128, 200])
+@pytest.mark.parametrize("documents", [(), (0, 10, 127, 128, 200), (130,)])
+def test_the_block_mask_is_that_of_create_block_mask(length, window, documents):
+    tokens = torch.zeros(2, length, dtype=torch.int64)
+    tokens[0, [place for place in documents if place < length]] = EOT
+    docs = (tokens == EOT).cumsum(1)
+    reach = None if window is None else torch.tensor(window)
+    mask = attention_mask(docs, reach, flex=True)
+    published = flex_attention.create_block_mask(mask.mask_mod, 2, 1, length, length, device="cpu")
+
+    def kept(blocks):  # each list of blocks is as long as its count
+        counts = (blocks.kv_num_blocks, blocks.full_kv_num_blocks)
+        lists = (blocks.kv_indices, blocks.full_kv_indices)
+        numbers = zip(map(torch.flatten, counts), (x.flatten(0, 2) for x in lists), strict=True)
+        return [
+            [set(row[:n].tolist()) for n, row in zip(count.tolist(), rows, strict=True)]
+            for count, rows in numbers
+        ]
+
+    (some, every), (their_some, their_every) = kept(mask), kept(published)
+    for block, (ours, theirs) in enumerate(zip(every, their_every, strict=True)):
+        number = block % -(-length // 128)
+        assert ours - {number} == theirs - {number}
+    for ours, theirs, whole in zip(some, their_some, their_every, strict=True):
+        assert theirs <= ours <= theirs | whole
 
 
-@pytest.mark.parametrize("step", [0, 11])
-def test_no_piece_of_the_recipe_looks_ahead_or_at_another_row(step):
-    """Documents may see one another: of their neighbours' last token, smear and offset keys do."""
-    model, tokens = stir(make(**RECIPE)).eval(), some_tokens()
-    model.set_stage(step)
-    with torch.no_grad():
-        before = model(tokens)
-        for row, at in ((0, 3), (0, 19), (1, 10), (1, 30)):
-            other = tokens.clone()
-            other[row, at] = (other[row, at] + 1) % EOT
-            moved = (model(other) - before).abs().amax(-1)
-            assert moved[1 - row].max() < 1e-6 and moved[row, :at].max() < 1e-6
-            assert moved[row, at] > 1e-5
-    model.train()
-    targets = some_tokens(seed=1)
-    assert model(tokens, targets) > 0
-
-
-def test_later_tokens_are_predicted_in_training_only():
-    """By weights that fade; validation is the plain mean cross-entropy."""
-    model, tokens, targets = stir(make(**RECIPE)), some_tokens(), some_tokens(seed=1)
-    for step, weights in ((0, (1, 0.5, 0.25)), (2, (1, 0.5, 0.125)), (6, (1, 0.25)), (9, (1,))):
+def test_windows_of_stages():
+    model = make(window=(4, 8, 0))  # 12 steps
+    for step, window in ((0, 4), (3, 4), (4, 8), (8, None), (11, None), (12, None)):
         model.set_stage(step)
-        with torch.no_grad():
-            logp = torch.log_softmax(model(tokens).double(), -1)
-            losses = [-logp.gather(-1, targets[..., None])[..., 0].sum()]
-            for k in (1, 2):
-                picked = logp[:, :-k].gather(-1, targets[:, k:, None])
-                losses.append(-picked.sum())
-            expected = sum(w * x for w, x in zip(weights, losses, strict=False)) / targets.numel()
-            assert model.train()(tokens, targets).item() == pytest.approx(expected.item(), rel=1e-5)
-            plain = losses[0] / targets.numel()
-            assert model.eval()(tokens, targets).item() == pytest.approx(plain.item(), rel=1e-5)
-
-
-def test_windows_of_layers_and_stages():
-    plan = layer_plan(tiny(n_layer=4, window=9, short_window=3))
-    assert [layer.long for layer in plan] == [False, True, False, True]
-    assert all(layer.long for layer in layer_plan(tiny(n_layer=4, window=9)))
-    model = make(window=(4, 8, 0), final_window=20)  # 12 steps
-    for step, window in ((0, 4), (3, 4), (4, 8), (8, 0), (11, 0), (12, 20)):
-        model.set_stage(step)
-        assert [reach.item() for reach in model.windows.values()] == [window or 2**30] * 2
+        reach = model.views["all"].window
+        assert (None if reach is None else reach.item()) == window
 
 
 # ---------------------------------------------------------------------------------- rotary, QK-norm
 def test_rotary_keeps_norms_and_tells_relative_positions():
     generator = torch.Generator().manual_seed(0)
-    frequencies, scale = train_gpt.rotary_at(0, tiny())
-    assert scale == 16**-0.5
-    tables = train_gpt.rotary_tables(frequencies, torch.arange(T).unsqueeze(1))
+    view = make().views["all"]
+    assert view.scale == 16**-0.5
+    tables = view.rotary
     rotary = functools.partial(rotate, tables=tables)
     x = torch.randn(2, T, 3, 16, generator=generator)
     assert torch.allclose(rotary(x).norm(dim=-1), x.norm(dim=-1), atol=1e-5)
@@ -375,33 +379,24 @@ def test_scales_of_the_first_values():
     assert [block.attn.value_lambda.item() for block in model.blocks] == [0.5, 0.5]
     assert [block.x_lambda.item() for block in model.blocks] == [1, 1]
     assert [block.x0_lambda.item() for block in model.blocks] == [0, 0]
-    wide = make(init_qkv=2.0, init_up=0.5, residual_scale=1.1, n_embd=128)
-    for name, bound in (("attn.v", 2.0), ("mlp.up", 0.5)):
-        largest = wide.get_parameter(f"blocks.1.{name}.weight").abs().max().item()
-        assert largest == pytest.approx(bound * 128**-0.5, rel=0.01)
-    assert wide.blocks[1].x_lambda.item() == pytest.approx(1.1)
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_tied_weights_are_one_until_they_part(share):
-    """By both gradients and lm_head's rate, whatever wte's is; after the share each its own."""
-    changes = dict(tied_share=share) if share else dict(untie_head=False)
-    run = train_gpt.build(tiny(**changes, steps=8), CPU)
+def test_tied_weights_are_one():
+    """By both gradients and lm_head's rate, whatever wte's is."""
+    run = train_gpt.build(tiny(untie_head=False, steps=8), CPU)
     run.optimizers, w = make_optimizers(run), run.model.lm_head.weight.detach().clone()
     m, v = torch.zeros_like(w), torch.zeros_like(w)
     for run.step in range(8):
         train_gpt.set_stage(run)
-        train_gpt.forward_backward(run, some_tokens(), some_tokens(seed=1), 2)
+        run.model(some_tokens(), some_tokens(seed=1)).backward()
         g = run.model.wte.weight.grad + run.model.lm_head.weight.grad
-        train_gpt.update(run)
+        train_gpt.step_optimizers(run)
         c, n = run.config, run.step + 1
-        bias = 1 - c.beta1**n, 1 - c.beta2**n
-        u = train_gpt.adam_update(g, m, v, c.beta1, c.beta2, c.adam_eps, *map(torch.tensor, bias))
+        bias = map(torch.tensor, (1 - c.beta1**n, 1 - c.beta2**n))
+        u = train_gpt.adam_direction(g, m, v, c.beta1, c.beta2, c.adam_eps, *bias)
         w -= c.lr_head * train_gpt.lr_at(run.step, c) * u
-        tied = not share or n <= 5
-        assert torch.equal(run.model.wte.weight, run.model.lm_head.weight) == tied
-        if tied:
-            torch.testing.assert_close(run.model.lm_head.weight.data, w, rtol=0, atol=1e-5)
+        assert torch.equal(run.model.wte.weight, run.model.lm_head.weight)
+        torch.testing.assert_close(run.model.lm_head.weight.data, w, rtol=0, atol=1e-5)
 
 
 def test_zero_init():
@@ -421,9 +416,10 @@ def test_flops_per_token_by_hand():
     matrices = 2 * (4 * 32 * 32 + 2 * 32 * 128) + 320 * 32  # q k v o, up, down; head
     attention = 2 * 2 * 32 * 16  # QK and AV, a multiply and an add, over 16 tokens on average
     forward = 2 * matrices + 2 * attention
-    flops = train_gpt.flops_per_token
-    assert flops(make()) == flops(make(untie_head=False)) == 3 * forward  # backward: twice as much
+    assert make().flops_per_token() == make(untie_head=False).flops_per_token() == 3 * forward
     short = 2 * matrices + 2 * 2 * 2 * 32 * 4
-    assert flops(make(window=4)) == 3 * short
-    assert flops(make(window=(0, 4))) == 3 * (forward + short) / 2
-    assert flops(make(ngram=3)) == 3 * forward, "tables are looked up"
+    assert make(window=4).flops_per_token() == 3 * short
+    assert make(window=(0, 4)).flops_per_token() == 3 * (forward + short) / 2
+    grown = make(window=(0, 4), batch_tokens=(64, 192)).flops_per_token()
+    assert grown == 3 * (forward + 3 * short) / 4
+    assert make(ngram=3).flops_per_token() == 3 * forward, "tables are looked up"
