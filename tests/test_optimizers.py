@@ -9,7 +9,18 @@ from helpers import CPU, EVERY_METHOD, same, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from train_gpt import PRESETS, Adagrad, Adam, Method, Muon, Optimizer, Run, Runtime, newton_schulz
+from train_gpt import (
+    PRESETS,
+    Adagrad,
+    Adam,
+    Group,
+    Method,
+    Muon,
+    Optimizer,
+    Run,
+    Runtime,
+    newton_schulz,
+)
 
 
 def rand(*shape, seed=0):
@@ -36,8 +47,9 @@ def built(runtime=CPU, **changes) -> Run:
 
 def one(rule, named, lr, shape, **changes) -> Optimizer:
     """An optimizer of its own."""
-    named = {name: torch.nn.Parameter(p.clone()) for name, p in named.items()}
-    return rule(named, lr, shape, Run(tiny(**changes), CPU, None, []))
+    named = {name: train_gpt.parameter(p.clone(), "matrix") for name, p in named.items()}
+    group = Group("lr_muon", lr / 0.02)
+    return rule(named, group, shape, Run(tiny(**changes), CPU, None, []))
 
 
 def one_step(optimizer):
@@ -94,7 +106,7 @@ def test_normuon_evens_out_neurons_and_keeps_the_norm():
         for step in (1, 2, 3):
             plain.steps = even.steps = step
             g = rand(1, *shape, seed=step)
-            u, found = plain.update(g), even.update(g)
+            u, found = plain.direction(g), even.direction(g)
             mean = 0.9 * mean + 0.1 * u.square().mean(dim, keepdim=True)
             expected = u / (mean / (1 - 0.9**step)).sqrt()
             assert torch.allclose(found, expected * u.norm() / expected.norm(), atol=1e-5)
@@ -106,7 +118,7 @@ def test_normuon_evens_out_neurons_and_keeps_the_norm():
 def test_muon_is_the_published_loop():
     """Over all hidden matrices of a model: Nesterov momentum with its warm-up, Newton-Schulz,
     sqrt(max(1, out / in)), the schedule's scale."""
-    run = built(momentum_warmup=3)
+    run = built(momentum_warmup=3, cooldown=0.0)
     muon = [optimizer for optimizer in run.optimizers if isinstance(optimizer, Muon)]
     expected = {name: p.detach().clone() for o in muon for name, p in o.named.items()}
     assert len(expected) == 6 * run.config.n_layer
@@ -114,7 +126,7 @@ def test_muon_is_the_published_loop():
     for step in range(5):
         for number, (name, w) in enumerate(expected.items()):
             g = rand(*w.shape, seed=100 * step + number)
-            run.model.get_parameter(name).grad.copy_(g)
+            run.model.get_parameter(name).grad = g
             momentum = 0.85 + (0.95 - 0.85) * min(step / 3, 1)
             buffers[name] = momentum * buffers[name] + g
             nesterov = g + momentum * buffers[name]
@@ -123,13 +135,13 @@ def test_muon_is_the_published_loop():
             u = u * max(1, u.size(0) / u.size(1)) ** 0.5
             w -= run.config.lr_muon * 0.5 * (u.T if down else u)
         for optimizer in muon:
-            optimizer.scale = 0.5
-            optimizer.momentum = train_gpt.momentum_at(step, run.config)
+            optimizer.set_stage(step)
+            optimizer.rate *= 0.5
             one_step(optimizer)
     for name, w in expected.items():
         p = run.model.get_parameter(name)
         assert torch.allclose(p, w, atol=2e-5), name
-        assert not p.grad.any(), "gradients are cleared"
+        assert p.grad is None, "gradients are cleared"
 
 
 @pytest.mark.parametrize(
@@ -148,7 +160,7 @@ def test_elementwise_rules_are_those_of_torch(rule, theirs, settings, state):
         for number, (name, p) in enumerate(reference.items()):
             g = rand(35, seed=10 * step + number + 3)[: p.numel()].view_as(p)
             p.grad = g * 10.0 ** (number - 1)
-            ours.named[name].grad.copy_(p.grad)
+            ours.named[name].grad = p.grad.clone()
         one_step(ours)
         optimizer.step()
         for name, p in reference.items():
@@ -159,7 +171,8 @@ def test_elementwise_rules_are_those_of_torch(rule, theirs, settings, state):
 def test_rows_without_a_gradient_stay_with_adagrad():
     start = rand(5, 4)
     optimizer = one(Adagrad, {"table": start}, 1.0, ())
-    optimizer.named["table"].grad[[1, 3]] = rand(2, 4, seed=1)
+    gradient = optimizer.named["table"].grad = torch.zeros(5, 4)
+    gradient[[1, 3]] = rand(2, 4, seed=1)
     one_step(optimizer)
     moved = (optimizer.named["table"] != start).any(1)
     assert moved.tolist() == [False, True, False, True, False]
@@ -168,21 +181,21 @@ def test_rows_without_a_gradient_stay_with_adagrad():
 def test_each_group_has_its_rule_and_rate():
     rates = dict(lr_embed=0.1, lr_head=0.2, lr_scalar=0.3, lr_muon=0.4, lr_ngram=0.5)
     optimizers = built(ngram=3, ngram_rows=9, **rates).optimizers
-    found = {name: (type(o), o.lr) for o in optimizers for name in o.named}
+    found = {name: (type(o), o.rate) for o in optimizers for name in o.named}
     assert found["wte.weight"] == (Adam, 0.1) and found["lm_head.weight"] == (Adam, 0.2)
     assert found["blocks.0.x_lambda"] == found["blocks.1.attn.value_lambda"] == (Adam, 0.3)
     assert found["blocks.1.x0_lambda"] == (Adam, 0.3)
     assert found["blocks.0.attn.q.weight"] == found["blocks.1.mlp.down.weight"] == (Muon, 0.4)
     assert found["ngrams.0.weight"] == found["ngrams.1.weight"] == (Adagrad, 0.5)
     run = built(matrix_optimizer="adam", lr_adam=0.004)
-    matrices = [o for o in run.optimizers if o.weights.ndim == 3]
+    matrices = [o for o in run.optimizers if o.trains_matrices]
     assert sum(len(o.named) for o in matrices) == 6 * run.config.n_layer
-    assert all(type(o) is Adam and o.lr == 0.004 for o in matrices)
+    assert all(type(o) is Adam and o.rate == 0.004 for o in matrices)
     assert all((o.row_scale == 1).all() for o in matrices), "Adam knows no shapes"
 
 
 # -------------------------------------------------------------------------------- stacks and shards
-def test_parameters_and_gradients_are_views_of_the_stack():
+def test_parameters_are_views_of_the_stack_and_gradients_are_collected():
     run = train_gpt.build(tiny(zero_init=False), CPU)
     before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
     optimizers = run.optimizers = train_gpt.make_optimizers(run)
@@ -191,21 +204,23 @@ def test_parameters_and_gradients_are_views_of_the_stack():
     for optimizer in optimizers:
         for name, p in optimizer.named.items():
             assert p.untyped_storage().data_ptr() == optimizer.weights.untyped_storage().data_ptr()
-            assert p.grad.shape == p.shape and torch.equal(p, before[name])
+            assert torch.equal(p, before[name])
         optimizer.weights.mul_(2)
     for name, p in run.model.named_parameters():
         assert torch.equal(p, 2 * before[name])
-    run.model(*torch.randint(257, (2, 2, 32))).backward()  # accumulates into the views
+    run.model(*torch.randint(257, (2, 2, 32))).backward()
     for optimizer in optimizers:
-        storage = optimizer.grads.untyped_storage().data_ptr()
-        assert all(p.grad.untyped_storage().data_ptr() == storage for p in optimizer.named.values())
-        assert optimizer.grads.any()
+        left = {name: p.grad for name, p in optimizer.named.items()}
+        optimizer.reduce()
+        rows = zip(left.items(), optimizer.unstack(optimizer.grads), strict=True)
+        assert all(g is None or torch.equal(g.flatten(), row.flatten()) for (_, g), row in rows)
+        assert all(p.grad is None for p in optimizer.named.values()) and optimizer.grads.any()
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_rows_divide_over_ranks_with_padding(world_size):
     """Ranks' rows are disjoint and equal in number; padding is zero; state is a rank's own."""
-    covered, fresh = {}, dict(train_gpt.GPT(tiny()).named_parameters())
+    covered, fresh = {}, dict(train_gpt.GPT2024(tiny()).named_parameters())
     for rank in range(world_size):
         run = built(Runtime(torch.device("cpu"), rank, world_size))
         assert same(dict(run.model.named_parameters()), fresh), "rows and views meet"
@@ -214,10 +229,10 @@ def test_rows_divide_over_ranks_with_padding(world_size):
             unit = world_size * (16 if o.weights.ndim == 1 else 1)  # Adam's shards are aligned
             assert len(o.weights) % unit == 0 and 0 <= len(o.weights) - used < unit
             assert not o.weights[used:].any()
-            covered.setdefault(index, []).extend(range(*o.mine.indices(len(o.weights))))
+            covered.setdefault(index, []).extend(range(*o.own.indices(len(o.weights))))
             o.steps += 1
-            u = o.update(o.grads[o.mine])
-            assert u.shape == o.weights[o.mine].shape
+            u = o.direction(torch.zeros_like(o.weights[o.own]))
+            assert u.shape == o.weights[o.own].shape
             assert torch.isfinite(u).all(), "padding gives no NaN"
             assert all(len(t) == len(o.weights) // world_size for t in o.state.values())
             if isinstance(o.row_scale, torch.Tensor):
@@ -229,9 +244,9 @@ def test_rows_divide_over_ranks_with_padding(world_size):
 def test_state_goes_to_parameters_by_name_and_back():
     run, whole = built(), {}
     for o in run.optimizers:
-        used = o.grads[: sum(o.sizes)]
-        used.copy_(rand(*used.shape))
-        o.step()
+        for p in o.named.values():
+            p.grad = rand(max(1, p.numel())).view_as(p)
+        one_step(o)
         whole[o.name] = o.gather_state()
     names = [name for state in whole.values() for name in state["parameters"]]
     assert sorted(names) == sorted(dict(run.model.named_parameters()))
@@ -242,7 +257,7 @@ def test_state_goes_to_parameters_by_name_and_back():
             mine.load_state(whole[o.name])
             assert mine.steps == 1 and mine.state.keys() == o.state.keys()
             for name, full in o.state.items():
-                expected, got = full[mine.mine], mine.state[name]
+                expected, got = full[mine.own], mine.state[name]
                 assert torch.equal(got[: len(expected)], expected)
                 assert not got[len(expected) :].any()
     with pytest.raises(train_gpt.UserError, match="other parameters"):
@@ -255,7 +270,7 @@ def test_a_whole_state_there_and_back(method):
     changes = EVERY_METHOD[method]
 
     def trained(steps):
-        run = train_gpt.build(train_gpt.resolve(tiny(**changes), CPU.device), CPU)
+        run = train_gpt.build(train_gpt.resolve(tiny(**changes), CPU), CPU)
         run.optimizers = train_gpt.make_optimizers(run)
         advance(run, steps)
         return run
@@ -264,8 +279,10 @@ def test_a_whole_state_there_and_back(method):
         for _ in range(steps):
             train_gpt.set_stage(run)
             tokens = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(run.step))
-            train_gpt.forward_backward(run, tokens[:, :-1], tokens[:, 1:], 8)
-            train_gpt.update(run)
+            run.micro = {(8, 32): 8}
+            batch = train_gpt.make_batch(run, tokens.numpy(), run.step, [])
+            train_gpt.forward_backward(run, batch)
+            train_gpt.step_optimizers(run)
             run.step += 1
             for hook in run.methods:
                 hook.after_step(run.step, run)
@@ -293,7 +310,7 @@ def test_base_class_and_hooks_default_to_nothing():
     assert hooks.project(None, g) is g and hooks.lift(None, g) is g
     assert hooks.state_dict() == {} and hooks.eval_weights(None) == {}
     with pytest.raises(NotImplementedError):
-        one(Optimizer, {"a": rand(3, 4)}, 1.0, ()).update(g)
+        one(Optimizer, {"a": rand(3, 4)}, 1.0, ()).direction(g)
 
 
 # ---------------------------------------------------------------------------------------- schedules
@@ -311,9 +328,11 @@ def test_learning_rate():
     assert floor == pytest.approx([1, 1, 0.1 + 0.9 * 0.6, 0.1 + 0.9 / 25])
     assert rates(range(100), cooldown=0.0) == [1.0] * 100
     staged = rates([0, 49, 50, 51, 99], cooldown=0.0, lr_factor=(1.0, 1.5))
-    assert staged == [1.0, 1.0, 1.0, 1.5, 1.5], "a rate joins one update late"
-    extended = rates([0, 75, 95, 99], cooldown=0.5, extension=20, lr_floor=0.1)
-    assert extended == pytest.approx([1, 5 / 40 + 0.1 * 35 / 40, 0.1, 0.1])
+    assert staged == [1.0, 1.0, 1.5, 1.5, 1.5]
+    stages = (train_gpt.Stage(steps=80), train_gpt.Stage(steps=20, extension=True))
+    extended = dataclasses.replace(tiny(cooldown=0.5, lr_floor=0.1, val_seq_len=32), stages=stages)
+    at = [train_gpt.lr_at(step, extended) for step in (0, 75, 95, 99)]
+    assert at == pytest.approx([1, 5 / 40 + 0.1 * 35 / 40, 0.1, 0.1])
     both = rates([80], cooldown=0.4, lr_factor=(1.0, 2.0))
     assert both == pytest.approx([2 * 20 / 40])
 
