@@ -2725,8 +2725,10 @@ def read_file(path):
 
 def identity(c, data):
     """What two runs must share to be the same run."""
-    fields = dataclasses.asdict(c).items()
-    trained = {name: value for name, value in fields if name not in LOCAL_FIELDS}
+    fields = dataclasses.asdict(c)
+    stages = fields.pop("stages")
+    trained = {name: value for name, value in fields.items() if name not in LOCAL_FIELDS}
+    trained |= {name: [stage[name] for stage in stages] for name in stages[0]}
     return trained | {"the source of train_gpt.py": SOURCE_SHA256, "the data": data}
 
 
@@ -2822,10 +2824,13 @@ def resume(run, path, state):
         run.load_state(state)
         read_table(run, path, state)
         run.clock.seconds = float(state["train_seconds"])
+        end = f"step:{run.config.steps}/{run.config.steps} val_loss"  # comes once more
         for line in state["log"]:
-            run.log.line(line)
-    if not state["changed"]:  # the same run: its checkpoints stay together
-        run.folder = Path(path).parent
+            if not line.startswith(end):
+                run.log.line(line)
+    folder = Path(path).parent
+    if not state["changed"] and folder.parent == run.folder.parent:
+        run.folder = folder  # the same run: its checkpoints stay together
     run.log.line(f"resumed: from step {run.step} of {path}, changed: {state['changed']}", echo=True)
 
 
@@ -3063,7 +3068,9 @@ def fit_micro_batch(run, rows, seq_len):
             forward_backward(run, batch)
             del waiting
 
-        if fits(run, work):
+        fitting = fits(run, work)
+        del run.micro[few, seq_len]
+        if fitting:
             run.micro[rows, seq_len] = micro
             return
         model.forget()
@@ -3333,7 +3340,8 @@ def train(c, runtime, argv):
     try:
         val_loss = training_loop(run, batches, val, signals)
     except Stopped:
-        line = f"stopped by a signal after step {run.step}: --resume {run.folder} goes on"
+        path = run.folder / f"step_{run.step:06d}.pt"
+        line = f"stopped by a signal after step {run.step}; go on with --resume {path}"
         log.line(line, echo=True)
         raise Stopped(*signals.stop) from None
     save_checkpoint(run)

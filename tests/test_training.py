@@ -10,6 +10,7 @@ import signal
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -33,8 +34,8 @@ import train_gpt
 FACTS = "run_id python torch cuda device cpu world_size argv source_sha256 data_sha256 config"
 KEYS = f"""{FACTS} preset seed steps tokens val_loss target_val_loss target_reached train_time_ms
     step_avg_ms warmup_ms peak_memory_bytes param_count optimizer_state_bytes"""
-STAGES = dict(  # a border after steps 4 and 8 of the batch, after 6 of the window and of the rate
-    batch_tokens=(128, 256, 512), window=(8, 16), lr_factor=(1.0, 0.5)
+STAGES = dict(  # borders after steps 4 and 8
+    batch_tokens=(128, 256, 512), window=(8, 8, 16), lr_factor=(1.0, 1.0, 0.5)
 )
 CLOSING = r"val_loss (\d\.\d{4}), target 6.0000 reached by (\d\.\d{4}) in \d+\.\d s of training.*"
 
@@ -98,12 +99,13 @@ def test_the_step_lines(plain):
 
 
 def test_the_result_line(plain):
-    result, model = plain.result(), train_gpt.GPT(tiny())
+    result, model = plain.result(), train_gpt.GPT2024(tiny())
     assert set(KEYS.split()) <= set(result)
     assert result["run_id"] == plain.path.stem
     assert result["config"] == json.loads(plain.facts()["config"])
     assert (result["tokens"], result["steps"], result["preset"]) == (12 * 256, 12, "nov2024")
-    last = STEP.fullmatch(plain.body[-2])
+    assert plain.body[-2].startswith("checkpoint: "), "the final model is always saved"
+    last = STEP.fullmatch(plain.body[-3])
     assert f"{result['val_loss']:.4f}" == last[4]
     assert abs(result["train_time_ms"] - int(last[5])) <= 1
     assert result["step_avg_ms"] == pytest.approx(result["train_time_ms"] / 12, abs=0.1)
@@ -115,16 +117,18 @@ def test_the_result_line(plain):
     states = 4 * matrices + 8 * (result["param_count"] - matrices)
     assert 0 <= result["optimizer_state_bytes"] - states <= 8 * 3 * 15
     assert result["peak_memory_bytes"] > 1e7
-    assert result["flops_per_token"] == train_gpt.flops_per_token(model)
+    assert result["flops_per_token"] == model.flops_per_token()
 
 
 def test_the_closing_line(plain, place):
-    last = plain.out.splitlines()[-1]
+    last, sample = plain.out.splitlines()[-2:]
+    (checkpoint,) = re.findall(r"--checkpoint (\S+)", sample)
+    assert "--generate" in sample and Path(checkpoint).exists()
     found = re.fullmatch(CLOSING, last)
     assert found and float(found[1]) + float(found[2]) == pytest.approx(6.0, abs=2e-4)
     assert last.endswith(str(plain.path))
     missed = run(place(target=0.5))
-    assert "target 0.5000 missed by" in missed.out.splitlines()[-1]
+    assert "target 0.5000 missed by" in missed.out.splitlines()[-2]
     assert missed.result()["target_reached"] is False
     assert missed.code == 0, "a missed target is a result, not an error"
 
@@ -141,7 +145,7 @@ def test_argv_in_the_log_runs_it_again(plain, tmp_path):
 def test_micro_batches_accumulate_to_the_same_update(plain, place):
     for micro in (1, 2):
         outcome = run(place(micro_batch=micro))
-        assert f"micro-batches {{8: {micro}}}" in outcome.out
+        assert f"micro-batches {{'8x32': {micro}}}" in outcome.out
         for ours, theirs in zip(outcome.losses(), plain.losses(), strict=True):
             assert ours[:2] == theirs[:2] and abs(float(ours[2]) - float(theirs[2])) < 2e-3
         for name, tensor in plain.weights.items():
@@ -150,12 +154,16 @@ def test_micro_batches_accumulate_to_the_same_update(plain, place):
 
 def test_accumulated_gradients_are_those_of_the_batch():
     grads, config = [], tiny(zero_init=False)
-    x, y = torch.randint(257, (2, 8, 32), generator=torch.Generator().manual_seed(0))
+    rows = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(0))
     for micro, ranks in ((8, 1), (4, 1), (1, 1), (2, 4)):
         runtime = train_gpt.Runtime(torch.device("cpu"), 0, ranks)
         ran = train_gpt.build(config, runtime)
-        loss = train_gpt.forward_backward(ran, x, y, micro)
-        assert loss.item() * ranks == pytest.approx(ran.model(x, y).item(), abs=1e-5)
+        ran.micro = {(8, 32): micro}
+        batch = train_gpt.make_batch(ran, rows.numpy(), 0, [])
+        assert len(batch.parts) == 8 // micro
+        loss = train_gpt.forward_backward(ran, batch)
+        mean = ran.model(rows[:, :-1], rows[:, 1:])
+        assert loss.item() * ranks == pytest.approx(mean.item(), abs=1e-5)
         grads.append({name: p.grad * ranks for name, p in ran.model.named_parameters()})
     for other in grads[1:]:
         assert all(torch.allclose(other[name], g, atol=1e-6) for name, g in grads[0].items())
@@ -182,30 +190,28 @@ def test_every_mode_of_training_runs(changes, place):
 
 def test_schedules_are_lists(place):
     """Each stage has its own batch, window and rate; tokens are those that were read."""
-    seen, update = [], train_gpt.update
+    seen, sizes, step_optimizers = [], [], train_gpt.step_optimizers
+    forward_backward = train_gpt.forward_backward
 
     def watch(run):
-        seen.append((run.model.stage[0][True], {o.scale for o in run.optimizers}))
-        update(run)
+        seen.append((run.model.views["all"].window.item(), run.optimizers[0].rate))
+        step_optimizers(run)
 
-    sizes, forward_backward = [], train_gpt.forward_backward
-
-    def measure(run, inputs, *rest):
-        sizes.append(inputs.numel())
-        return forward_backward(run, inputs, *rest)
+    def measure(run, batch):
+        sizes.append(batch.tokens)
+        return forward_backward(run, batch)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "update", watch)
+        patch.setattr(train_gpt, "step_optimizers", watch)
         patch.setattr(train_gpt, "forward_backward", measure)
         outcome = run(place(**STAGES, cooldown=0))
     assert sizes[-12:] == [128] * 4 + [256] * 4 + [512] * 4
-    rates = [1.0] * 7 + [0.5] * 5  # a rate joins one update late
-    windows = [8] * 6 + [16] * 6
-    assert seen[-12:] == [(w, {rate}) for w, rate in zip(windows, rates, strict=True)]
+    rate = seen[-1][1] * 2
+    assert seen[-12:] == [(8, rate)] * 8 + [(16, rate / 2)] * 4
     assert outcome.result()["tokens"] == 4 * (128 + 256 + 512)
-    assert outcome.result()["config"]["window"] == [8, 16]
-    assert sorted(set(sizes[:-12])) == [128, 256, 512], "the warm-up runs every size"
-    assert {windows for windows, _ in seen[:-12]} == {8, 16}, "and every window"
+    assert [stage["window"] for stage in outcome.result()["config"]["stages"]] == [8, 8, 16]
+    assert len(set(sizes[:-12])) == 3, "the warm-up runs every size"
+    assert {window for window, _ in seen[:-12]} == {8, 16}, "and every window"
 
 
 # -------------------------------------------------------------------------------------- the clock
@@ -236,7 +242,7 @@ def test_the_clock_counts_training_alone(place, monkeypatch):
 
 def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
     """With and without it: the same losses and weights."""
-    monkeypatch.setattr(train_gpt, "warm_up", lambda config, runtime: {8: 8})
+    monkeypatch.setattr(train_gpt, "warm_up", lambda *given: ({(8, 32): 8}, 32, False))
     outcome = run(place())
     assert outcome.losses() == plain.losses() and same(outcome.weights, plain.weights)
 
@@ -246,8 +252,8 @@ def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
     "changes",
     [
         dict(batch_tokens=(128, 256), relora=4, relora_warm_start=3, relora_interval=3, lawa=2),
-        dict(batch_tokens=(128, 256, 512), window=(8, 12, 16, 20)),
-        dict(galore=4, low_rank_optimizer="muon", normuon=0.9, galore_interval=2, galore_bits=8),
+        dict(batch_tokens=(128, 256, 512), window=(8, 12, 16)),
+        dict(galore=4, matrix_optimizer="muon", normuon=0.9, galore_interval=2, galore_bits=8),
     ],
     ids=["relora, lawa", "more forms than Dynamo's limit", "galore"],
 )
@@ -256,12 +262,12 @@ def test_warm_up_compiles_every_form(changes, place, monkeypatch):
     compile, counters, seen = torch.compile, torch._dynamo.utils.counters, []
     warm_up = train_gpt.warm_up
 
-    def watch(config, runtime):
+    def watch(*given):
         torch._dynamo.reset()
         counters.clear()
-        micro = warm_up(config, runtime)
+        found = warm_up(*given)
         seen.append(dict(counters["stats"]))
-        return micro
+        return found
 
     train_gpt.compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda f, **rest: compile(f, backend="eager", **rest))
@@ -391,10 +397,49 @@ def test_a_signal_saves_and_leaves(number, place, plain, tmp_path):
     assert again.losses() == plain.losses() and same(again.weights, plain.weights)
 
 
-def test_no_checkpoint_unless_asked_for(place, tmp_path):
+def test_a_signal_saves_unasked_and_says_how_to_go_on(place, plain):
     with at_step(7, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
-        assert run(place()).code == 143
-    assert not (tmp_path / "checkpoints").exists()
+        stopped = run(place())
+    (path,) = re.findall(r"go on with --resume (\S+)", stopped.body[-1])
+    again = run(place(resume=path))
+    assert stopped.code == 143 and again.losses() == plain.losses()
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_warning_saves_and_training_goes_on(number, place, plain, tmp_path):
+    with at_step(7, lambda run: os.kill(os.getpid(), number)):
+        outcome = run(place())
+    assert outcome.code == 0 and outcome.losses() == plain.losses()
+    names = sorted(path.name for path in tmp_path.glob("checkpoints/*/*"))
+    assert names == ["step_000007.pt", "step_000012.pt"]
+
+
+def test_resume_auto_starts_where_there_is_nothing(place, plain, tmp_path):
+    first = run(place(resume="auto", steps=12))
+    assert first.code == 0 and first.losses() == plain.losses()
+    second = run(place(resume="auto"))
+    assert second.code == 0 and "resumed: from step 12" in second.log
+    assert len(list(tmp_path.glob("checkpoints/*/*"))) == 1, "one run, one folder"
+
+
+def test_checkpoints_kept_are_those_of_the_run_however_often_resumed(place, tmp_path):
+    for at in (3, 5, 7, 9):
+        with at_step(at, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
+            run(place(resume="auto", checkpoint_keep=1))
+    assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["step_000009.pt"]
+
+
+def test_the_clock_stands_while_the_last_line_is_written(place, monkeypatch):
+    append = train_gpt.Log.append
+
+    def slow(log, text):
+        time.sleep(0.3 if "val_loss" in text else 0)
+        append(log, text)
+
+    monkeypatch.setattr(train_gpt.Log, "append", slow)
+    outcome = run(place(steps=2, val_every=1, momentum_warmup=1))
+    last = [STEP.fullmatch(line) for line in outcome.body if "val_loss:" in line][-1]
+    assert abs(outcome.result()["train_time_ms"] - int(last[5])) <= 1
 
 
 def test_a_resumed_run_saves_when_it_is_stopped(place, plain, tmp_path):
@@ -455,13 +500,14 @@ def test_validation_is_in_eval_mode_and_sees_every_token_once(place, data):
     modes = []
     ran = train_gpt.build(tiny(zero_init=False), CPU)
     ran.model.lm_head.register_forward_hook(lambda head, *rest: modes.append(head.training))
-    val = train_gpt.Shards(f"{data}/val_*.bin", "val_files", 32)
+    ran.log = mock.Mock()
+    val = train_gpt.Shards(f"{data}/val_*.bin", "val_files", 256)
     losses = []
     for micro in (8, 1, 5):
-        ran.micro = {8: micro}
+        ran.micro = {(8, 32): micro}
         losses.append(train_gpt.evaluate(ran, val))
     assert set(modes) == {False} and ran.model.training
-    rows = val.read(range(16))
+    rows = torch.stack([torch.from_numpy(val.read(val.row(i, 32))) for i in range(16)])
     with torch.no_grad():
         by_hand = ran.model(rows[:, :-1], rows[:, 1:]).item()
     assert losses == pytest.approx([by_hand] * 3, abs=1e-5)
