@@ -2770,7 +2770,8 @@ def read_checkpoint(path):
     """Raises UserError when the file is not, bit for bit, what save_checkpoint wrote."""
     state = read_file(path)
     with explain_errors(f"{path}: damaged or not a checkpoint"):
-        dict(state["identity"]), config_of(state["config"])
+        dict(state["identity"]), dict(state["sweeps"]), config_of(state["config"])
+        fail_if(type(state["tables"]) is not int, "it miscounts")
         counts = type(state["step"]) is int and state["step"] >= 0
         fail_if(not counts or not 0 <= state["train_seconds"] < math.inf, "it miscounts")
     return state

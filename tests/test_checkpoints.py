@@ -163,7 +163,7 @@ def test_resume_twice_over(place, plain, tmp_path):
     next(tmp_path.glob("checkpoints/*/step_000012.pt")).unlink()
     second = run(place(checkpoint_every=11, resume="latest"))
     assert "step_000010.pt" in second.out
-    next(tmp_path.glob(f"checkpoints/{second.path.stem}/step_000012.pt")).unlink()
+    next(tmp_path.glob("checkpoints/*/step_000012.pt")).unlink()
     third = run(place(resume="latest"))
     assert "step_000011.pt" in third.out
     assert second.losses() == third.losses() == plain.losses()
@@ -282,8 +282,9 @@ def test_a_damaged_checkpoint_gives_way_to_an_older_one(damage, place, copied, p
     assert "step_000012.pt: damaged or not a checkpoint" in first
     assert "step_000008.pt" in second and "looking for an older one" in second
     check_refused(run(place(resume=copied / "step_000008.pt")), "step_000008.pt", "damaged")
-    for name in ("step_000004.pt", "step_000012.pt"):  # what the resumed run has left
-        (copied / name).unlink(missing_ok=True)
+    for path in copied.iterdir():
+        if path.is_file():
+            path.write_bytes(b"")
     last = run(place(resume="latest"))
     assert last.code == 2 and "no checkpoint in" in last.err.splitlines()[-1]
     assert "Traceback" not in last.err
@@ -457,7 +458,7 @@ def test_generate_takes_the_likeliest_next_token(saved):
 
 def test_the_tokenizer_of_other_vocabularies_is_gpt2s(monkeypatch):
     class Encoding:
-        encode_ordinary, decode_bytes = "encode", "decode"
+        _mergeable_ranks = {b"a": 0, b"ab": 1}
 
     class Tiktoken:
         @staticmethod
@@ -465,10 +466,10 @@ def test_the_tokenizer_of_other_vocabularies_is_gpt2s(monkeypatch):
             return {"gpt2": Encoding}[name]
 
     monkeypatch.setitem(sys.modules, "tiktoken", Tiktoken)
-    assert train_gpt.tokenizer(50257) == ("encode", "decode")
+    assert train_gpt.token_texts(50257) == {b"a": 0, b"ab": 1}
     monkeypatch.setattr(Tiktoken, "get_encoding", None)
     with pytest.raises(train_gpt.UserError, match="go online"):
-        train_gpt.tokenizer(50257)
+        train_gpt.token_texts(50257)
 
 
 def test_a_checkpoint_is_on_the_disk_before_it_gets_its_name(place, monkeypatch):

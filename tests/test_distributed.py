@@ -147,6 +147,7 @@ RECORD_92 = dict(
     short_window=(4, 6, 8, 8, 8),
     val_seq_len=32,
     epochs_allowed=50,
+    checkpoint_keep=9,
 )
 
 
