@@ -392,7 +392,7 @@ PRESETS = {
     "small": Config(
         "small",
         stages=(Stage(steps=200, batch_tokens=1024, seq_len=128),),
-        target=7.0,
+        target=6.5,
         val_tokens=16384,
         val_every=50,
         epochs_allowed=1000,
