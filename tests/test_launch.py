@@ -14,6 +14,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from data import check, fineweb, laptop, shards
+import train_gpt
 from setup import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,9 +115,8 @@ def test_gpus_fetch_fineweb_and_start_a_process_each(start):
 )
 def test_as_many_shards_as_the_run_needs(batch_tokens, epochs, number):
     # 3242 steps: 1081, 1081 and 1080 of them in stages, 850M tokens in all
-    config = SimpleNamespace(
-        steps=3242, extension=0, max_document=0, batch_tokens=batch_tokens, epochs_allowed=epochs
-    )
+    flags = ["--batch_tokens", *map(str, batch_tokens), "--seq_len", "1"]
+    config = train_gpt.parse_config(flags + ["--epochs_allowed", str(epochs)], "nov2024")
     assert launch.fineweb_shards(config) == number
 
 
@@ -307,8 +307,8 @@ PRESETS = dict.fromkeys(("laptop", "gpt2_small"), SimpleNamespace(train_files="a
 
 def parse_config(argv, default_preset):
     return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257,
-                           batch_tokens=(64,),
-                           seq_len=8, steps=4, device="cpu", generate="", val_tokens=64,
+                           stages=[SimpleNamespace(batch_tokens=64, seq_len=8)],
+                           steps=4, device="cpu", generate=None, val_tokens=64,
                            val_len=8)
 
 def obey(number, frame):

@@ -121,8 +121,14 @@ class Run:
     def tokens(self, step: int) -> float | None:
         """Tokens trained on in the first `step` steps, by the config's batch_tokens: a number, or a
         list with one for each equal stage of the run, and a last one for its extension, if it has
-        any. None where the log does not say."""
+        any (until November 2026); or by its stages. None where the log does not say."""
         config = self.config or {}
+        if config.get("stages"):
+            done, left = 0, step
+            for stage in config["stages"]:
+                here = min(left, stage["steps"])
+                done, left = done + here * stage["batch_tokens"], left - here
+            return done
         stages = config.get("batch_tokens")
         stages = stages if isinstance(stages, list) else [stages]
         steps, extension = number(config.get("steps")), number(config.get("extension", 0))

@@ -42,7 +42,6 @@ from records.tools.peer import (
     Exact,
     Peer,
     Peer2024,
-    Peer2026,
     Row,
     execute,
     helpers,
@@ -110,90 +109,8 @@ def weights_2024(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-BLOCK = 8  # tokens in a unit of the windows of 2026; 128 in the records
-LAYERS = 11
-LAMBDAS = ("smear_lambda", "backout_lambda", "skip_lambda")
-ATTENTION = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10)  # layers that attend
-TABLES = {0: 1, 1: 2, 8: 0, 9: 1, 10: 2}  # of values: {layer: table}
-
-
-def build_2026(source: str, sizes: dict) -> Peer2026:
-    def settle(args):
-        args.num_scheduled_iterations = shrink(args.num_scheduled_iterations)
-        args.num_extension_iterations = shrink(args.num_extension_iterations)
-        args.num_iterations = args.num_scheduled_iterations + args.num_extension_iterations
-        args.block_size = BLOCK
-        args.bigram_vocab_size = args.bigram_vocab_size * VOCABULARY // 50304
-
-    space = execute(source, sizes, settle)
-    momentum = space["get_muon_momentum"]
-    warmup, cooldown, *values = momentum.__defaults__
-    momentum.__defaults__ = (shrink(warmup), shrink(cooldown), *values)
-    return Peer2026(space, BLOCK)
-
-
-def halves(weight: Tensor) -> Tensor:
-    """Rows of W_q or W_k in our order: theirs turn neighbours into each other, ours two halves."""
-    heads = weight.unflatten(0, (OURS_2026["n_head"], -1))
-    turning = heads.size(1) // 2
-    parts = heads[:, :turning:2], heads[:, 1:turning:2], heads[:, turning:]
-    return torch.cat(parts, dim=1).flatten(0, 1)
-
-
-def weights_2026(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    scalars, n = theirs["scalars"], LAYERS
-    found = {
-        "wte.weight": theirs["embed.weight"],
-        "lm_head.weight": theirs["lm_head.weight"].T,
-        "bigrams.weight": theirs["bigram_embed.weight"],
-        "smear_gate.weight": theirs["smear_gate.weight"],
-        "skip_gate.weight": theirs["skip_gate.weight"],
-    }
-    for name, scalar in zip(LAMBDAS, scalars[4 * n :], strict=False):
-        found[name] = scalar
-    for bank, i in enumerate(ATTENTION):
-        q, k, v, o = theirs["attn_bank"][bank].chunk(4)
-        matrices = dict(q=halves(q), k=halves(k), v=v, o=o)
-        for name, matrix in matrices.items():
-            found[f"blocks.{i}.attn.{name}.weight"] = matrix
-        found[f"blocks.{i}.attn.gate.weight"] = theirs["attn_gate_bank"][bank]
-        found[f"blocks.{i}.attn.factors"] = scalars[n + 2 * i : n + 2 * i + 2]
-    for i in range(n):
-        found[f"blocks.{i}.mlp.up.weight"] = theirs["mlp_bank"][i, 0]
-        found[f"blocks.{i}.mlp.down.weight"] = theirs["mlp_bank"][i, 1]
-        found[f"blocks.{i}.x_lambda"] = scalars[i]
-        found[f"blocks.{i}.x0_lambda"] = theirs["x0_lambdas"][i]
-        found[f"blocks.{i}.bigram_lambda"] = scalars[3 * n + i]
-    for bank, (i, table) in enumerate(TABLES.items()):
-        found[f"blocks.{i}.attn.value_gate.weight"] = theirs["ve_gate_bank"][bank]
-        found[f"value_embeds.{table}.weight"] = theirs[f"value_embeds.{table}.weight"]
-    return found
-
-
 SMALL_2024 = dict(vocab_size=VOCABULARY, n_layer=4, n_head=2, n_embd=64)
-SMALL_2026 = dict(model_dim=192, num_heads=6, head_dim=32, vocab_size=VOCABULARY, max_seq_len=1024)
-OURS_2026 = dict(vocab_size=VOCABULARY, n_layer=LAYERS, n_head=6, n_embd=192)
-NO_SHORTCUTS = "--no_value_residual --no_embed_residual --softcap 0 --momentum_warmup 1"
 SCRIPTS = (
-    Script(
-        name="record 8, 3 November 2024",
-        flags=(
-            *("--preset", "nov2024", *NO_SHORTCUTS.split()),
-            *("--steps", "4578", "--cooldown", str(1308 / 4578)),
-        ),
-        marks=(
-            "self.lm_head.weight.data.zero_()",
-            "zeropower_backend",
-            "num_iterations : int = 4578",
-        ),
-        lacks=("self.lamb = ",),
-        theirs=SMALL_2024,
-        ours=SMALL_2024,
-        rows=8,
-        row_length=64,
-        build=build_2024,
-        weights=weights_2024,
-    ),
     Script(
         name="record 10, 8 November 2024",
         flags=("--preset", "nov2024"),
@@ -205,18 +122,6 @@ SCRIPTS = (
         row_length=64,
         build=build_2024,
         weights=weights_2024,
-    ),
-    Script(
-        name="record 62, 19 January 2026",
-        flags=("--preset", "gpt2_small"),
-        marks=("self.attn_bank = ", "def get_bigram_hash", "model_dim) for _ in range(3)"),
-        lacks=("self.qk_bank = ",),
-        theirs=SMALL_2026,
-        ours=OURS_2026,
-        rows=2,
-        row_length=128,
-        build=build_2026,
-        weights=weights_2026,
     ),
 )
 
@@ -267,8 +172,8 @@ class Ours:
         runtime = trainer.Runtime(torch.device("cpu"))
         try:
             asked = trainer.parse_config([*script.flags, *given], "nov2024")
-            shrunk = dataclasses.replace(asked, **shrunk_fields(script, asked))
-            self.config = trainer.resolve(shrunk, runtime.device)
+            shrunk = dataclasses.replace(asked, **shrunk_fields(script, asked, trainer.Stage))
+            self.config = trainer.resolve(shrunk, runtime)
             self.run = trainer.build(self.config, runtime)
             self.run.optimizers = trainer.make_optimizers(self.run)
         except trainer.UserError as error:
@@ -278,6 +183,9 @@ class Ours:
         """{name: weight}, or with kind="grad" {name: gradient}."""
         named = self.run.model.named_parameters()
         found = {name: getattr(weight, kind) for name, weight in named}
+        if kind == "grad":  # none: nothing reached it
+            weights = dict(self.run.model.named_parameters())
+            found = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in found.items()}
         if kind == "grad" and self.trainer.tied_at(self.run.step, self.config):
             both = found["wte.weight"] + found["lm_head.weight"]  # as our update will take them
             found |= {"wte.weight": both, "lm_head.weight": both}
@@ -306,8 +214,8 @@ class Ours:
 
     def rows(self, step: int) -> int:
         """Of the batch at a step."""
-        c = self.config
-        return self.trainer.at_step(c.batch_tokens, step, c) // c.seq_len
+        stage = self.trainer.stage_at(step, self.config)[0]
+        return stage.batch_tokens // stage.seq_len
 
     @torch.no_grad()
     def logits(self, row: Row) -> Tensor:
@@ -315,35 +223,26 @@ class Ours:
 
     def backward(self, rows: list[Row]) -> float:
         """Add the gradients of a batch; its training loss per token."""
-        inputs = torch.stack([row.inputs for row in rows])
-        targets = torch.stack([row.targets for row in rows])
-        one_by_one = 1
-        return float(self.trainer.forward_backward(self.run, inputs, targets, one_by_one))
+        whole = [torch.cat((row.inputs, row.targets[-1:])) for row in rows]
+        tokens, one_by_one = torch.stack(whole).numpy(), 1
+        self.run.micro[len(tokens), tokens.shape[1] - 1] = one_by_one
+        batch = self.trainer.make_batch(self.run, tokens, self.run.step, [])
+        return float(self.trainer.forward_backward(self.run, batch))
 
     def update(self, step: int):
-        self.trainer.update(self.run)
+        self.trainer.step_optimizers(self.run)
 
 
-def shrunk_fields(script: Script, c) -> dict:
+def shrunk_fields(script: Script, c, stage: type) -> dict:
     """The fields that make our config as small as theirs."""
     first = script.rows * script.row_length
-    steps, cooldown = shrink(c.steps - c.extension), c.cooldown
-    if not c.extension:  # the scripts of 2024 count the updates of their cool-down
-        cooldown = shrink(round(c.cooldown * c.steps)) / steps
-    extension = shrink(c.extension)
-    batches = tuple(first * tokens // c.batch_tokens[0] for tokens in c.batch_tokens)
+    steps = shrink(c.steps)
+    plan = stage(steps=steps, batch_tokens=first, seq_len=script.row_length)
     return dict(
         script.ours,
-        steps=steps + extension,
-        cooldown=cooldown,
-        extension=extension,
+        stages=(plan,),
+        cooldown=shrink(round(c.cooldown * c.steps)) / steps,  # they count its updates
         momentum_warmup=shrink(c.momentum_warmup),
-        momentum_cooldown=shrink(c.momentum_cooldown),
-        batch_tokens=batches,
-        window=tuple(window * BLOCK // 128 for window in c.window),
-        short_window=tuple(window * BLOCK // 128 for window in c.short_window),
-        bigram_rows=c.bigram_rows * VOCABULARY // 50304,
-        seq_len=script.row_length,
         val_seq_len=0,
         val_tokens=script.row_length,
         device="cpu",

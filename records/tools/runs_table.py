@@ -75,11 +75,21 @@ def row_of(run: logs.Run) -> dict:
 def settings(runs: list[logs.Run]) -> dict[str, list[str]]:
     """{setting: its value in each run} of those that differ among the runs that have them; with the
     most values first."""
-    configs = [(run.config or {}) | {"source": (run.source_sha256 or "")[:8]} for run in runs]
+    configs = [flat(run.config or {}) for run in runs]
+    for run, config in zip(runs, configs, strict=True):
+        config["source"] = (run.source_sha256 or "")[:8]
     names = {name: None for config in configs for name in config if name not in LOCAL}
     table = {name: [written(config.get(name)) for config in configs] for name in names}
     differ = {name: values for name, values in table.items() if len({*values} - {"-"}) > 1}
     return dict(sorted(differ.items(), key=lambda item: -len(set(item[1]))))
+
+
+def flat(config: dict) -> dict:
+    """A config whose plan's columns stand beside the other settings."""
+    plan = config.get("stages") or []
+    columns = {name: [stage.get(name) for stage in plan] for name in (plan[0] if plan else ())}
+    rest = {name: value for name, value in config.items() if name != "stages"}
+    return rest | {name: v[0] if len(v) == 1 else v for name, v in columns.items()}
 
 
 def written(value) -> str:
