@@ -194,8 +194,10 @@ def comparison(found: dict) -> str:
     head = "| log | cards | measured | judged | off by | with today's constants | replaced |"
     lines = ["milliseconds per update in the first, second and last third of a run:", "", head]
     lines += ["|" + "-|" * 7, *rows, ""]
-    lines += [f"error: ± {found['error']:.1%}, root mean square of `off by`: constants from one "]
-    lines[-1] += "half of the scripts, judged on the other, both ways"
+    lines += [
+        f"error: ± {found['error']:.1%}, root mean square, at worst {found['worst']:.1%}: "
+        "constants from one half of the scripts, judged on the rest, for all halves",
+    ]
     lines.append(f"constants from all of them: {fitted}")
     lines += [f"does not run: {name}" for name in found["not_run"]]
     return "\n".join(lines)

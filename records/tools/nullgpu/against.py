@@ -4,11 +4,12 @@ A public log holds the script that made it and a line `step:N/M ... train_time:T
 The script runs as rank 0 of 8 with its number of updates cut and its shapes kept; REPLACED says
 what of it has to be changed. Each third of the run is compared by itself, since batches and windows
 grow. What the constants of the estimate should be is fitted on one half of the scripts and judged
-on the other, both ways.
+on the rest, for all ways to choose a half.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -208,36 +209,40 @@ def fit(runs: list) -> estimate.Shares:
 
 
 def compare(publics: list[Public], environment: Environment) -> dict:
-    """runs: each script's estimate beside its log, "judged" with constants from the other half of
-    the scripts; error: root mean square of these; fitted: constants from all scripts; not_run."""
+    """runs: each script's estimate beside its log, "judged" with constants from halves of the
+    scripts that it is not in, the mean over all such halves; error: root mean square over all of
+    them; worst: the largest; fitted: constants from all scripts; not_run."""
     runs = [(public, counted(public, environment)) for public in publics]
     seen = [(public, parts) for public, parts in runs if parts]
     if len(seen) < 2:
         raise BadInput("at least two of these scripts must run: one half is judged by the other")
-    halves = seen[::2], seen[1::2]
-    judged = {}
-    for half, other in (halves, halves[::-1]):
-        shares = fit(other)
-        judged |= {public.name: estimated(public, parts, shares) for public, parts in half}
+    judged = {public.name: [] for public, _ in seen}
+    for half in itertools.combinations(seen, len(seen) // 2):
+        shares = fit(half)
+        for public, parts in seen:
+            if all(public is not fitted for fitted, _ in half):
+                judged[public.name].append(estimated(public, parts, shares))
     rows = [
         dict(
             name=public.name,
             cards=f"{public.gpus} x {public.card.name}",
             measured=public.measured,
             estimated=estimated(public, parts, estimate.SHARES),
-            judged=judged[public.name],
+            judged=[statistics.mean(part) for part in zip(*judged[public.name], strict=True)],
             replaced=public.changes,
         )
         for public, parts in seen
     ]
     errors = [
         guess / truth - 1
-        for row in rows
-        for guess, truth in zip(row["judged"], row["measured"], strict=True)
+        for public, _ in seen
+        for times in judged[public.name]
+        for guess, truth in zip(times, public.measured, strict=True)
     ]
     return dict(
         runs=rows,
         error=math.sqrt(statistics.mean(error**2 for error in errors)),
+        worst=max(map(abs, errors)),
         fitted={name: getattr(fit(seen), name) for name in FITTED},
         not_run=[public.name for public, parts in runs if not parts],
     )
