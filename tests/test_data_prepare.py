@@ -1,6 +1,5 @@
 """data/prepare.py: text in, shards out, and nothing at all when the text is bad."""
 
-import dataclasses
 import hashlib
 import itertools
 import json

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from data import check, fineweb, laptop, shards
 import train_gpt
+from data import check, fineweb, laptop, shards
 from setup import launch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -172,7 +172,7 @@ class Ours:
         runtime = trainer.Runtime(torch.device("cpu"))
         try:
             asked = trainer.parse_config([*script.flags, *given], "nov2024")
-            shrunk = dataclasses.replace(asked, **shrunk_fields(script, asked, trainer.Stage))
+            shrunk = dataclasses.replace(asked, **shrunk_fields(script, asked, trainer.rescale))
             self.config = trainer.resolve(shrunk, runtime)
             self.run = trainer.build(self.config, runtime)
             self.run.optimizers = trainer.make_optimizers(self.run)
@@ -233,14 +233,19 @@ class Ours:
         self.trainer.step_optimizers(self.run)
 
 
-def shrunk_fields(script: Script, c, stage: type) -> dict:
+def shrunk_fields(script: Script, c, rescale) -> dict:
     """The fields that make our config as small as theirs."""
     first = script.rows * script.row_length
     steps = shrink(c.steps)
-    plan = stage(steps=steps, batch_tokens=first, seq_len=script.row_length)
+    largest = c.stages[0].batch_tokens
+    rows = dict(seq_len=script.row_length)
+    plan = [
+        dataclasses.replace(stage, batch_tokens=first * stage.batch_tokens // largest, **rows)
+        for stage in c.stages
+    ]
     return dict(
         script.ours,
-        stages=(plan,),
+        stages=rescale(plan, steps),
         cooldown=shrink(round(c.cooldown * c.steps)) / steps,  # they count its updates
         momentum_warmup=shrink(c.momentum_warmup),
         val_seq_len=0,
