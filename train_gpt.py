@@ -1241,13 +1241,14 @@ class GPT(nn.Module):
     sums_loss = False  # gradients are of the sum over tokens / 8, not of the mean
     rows_at_once = None  # a limit of the rows in a micro-batch
     end_groups = "wte", "lm_head"
-    can_recompute = recompute = False  # layers in the backward pass, to save memory
+    can_recompute = False  # layers in the backward pass, to save memory
     merge = None  # plan_merge for the n-gram table, where a cycle ends
 
     def __init__(self, c):
         super().__init__()
         self.config, self.stage = c, None
         self.output_scale = self.score_scale = 1.0  # muP's
+        self.recompute = False  # of the instance, also in warm-up: the compiler guards where it is
         tied, (wte, head) = tied_at(0, c), self.end_groups
         # a tied wte makes the logits, too: small and exact
         exact = torch.get_default_dtype() if tied else c.dtype

@@ -1,6 +1,5 @@
 """`python -m records cost`: an estimate from tokens and operations, no measurement."""
 
-
 import pytest
 import torch
 

@@ -24,14 +24,14 @@ def flag(job, name: str) -> list[str]:
 
 
 def test_our_presets_shrink_by_the_same_two_factors():
-    """600 of nov2024's 3242 updates, an eighth of its batch: 296 of gpt2_small's 1600."""
+    """600 of nov2024's 3242 updates, an eighth of its batch: 221 of gpt2_small's 1194."""
     ours = side_by_side.our_job("--preset nov2024", PLAN)
     assert ours.tokens == [65536] * 600 and flag(ours, "momentum_warmup") == ["93"]
     small = side_by_side.our_job("--preset gpt2_small --lawa 3", PLAN)
-    assert flag(small, "batch_tokens") == ["16384", "32768", "49152", "49152"]
-    assert (len(small.tokens), flag(small, "extension"), flag(small, "lawa")) == (296, ["7"], ["3"])
-    whole = train_gpt.PRESETS["gpt2_small"]
-    tokens = sum(train_gpt.at_step(whole.batch_tokens, step, whole) for step in range(whole.steps))
+    assert flag(small, "batch_tokens") == ["16384", "32768", "49152", "40960", "16384"]
+    assert flag(small, "seq_len") == ["2048", "4096", "6144", "5120", "2048"]
+    assert (len(small.tokens), flag(small, "lawa")) == (221, ["3"])
+    tokens = train_gpt.tokens_of(train_gpt.PRESETS["gpt2_small"])
     assert sum(small.tokens) == pytest.approx(tokens / 8 * 600 / 3242, rel=0.01)
     with pytest.raises(side_by_side.Failed, match="no_such"):
         side_by_side.our_job("--no_such 1", PLAN)
@@ -124,7 +124,7 @@ def test_what_is_to_be_proved_are_flags_of_the_trainer(name, tmp_path):
     args = SimpleNamespace(out=tmp_path, train_files="t", val_files="v")
     config = train_gpt.parse_config(prove.command_of(name, args), "nov2024")
     assert bool(config.generate) == (name == "sample")
-    assert config.preset == "nov2024" or config.window != train_gpt.Config.window
+    assert config.preset == "nov2024" or config.stages != train_gpt.PRESETS["nov2024"].stages
 
 
 def test_one_gpu_and_all_of_them_make_the_same_updates(tmp_path, capsys, monkeypatch):

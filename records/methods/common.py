@@ -6,6 +6,7 @@ import dataclasses
 import math
 import multiprocessing
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -16,7 +17,17 @@ sys.path.insert(0, str(ROOT))
 import train_gpt as tg  # noqa: E402  (the trainer under study, as it is in this clone)
 
 ALONE = tg.Runtime(torch.device("cpu"))
-SMALL = dataclasses.replace(
+
+
+def change(config, **fields):
+    """A config with other fields; those of a stage go to its only stage."""
+    names = {field.name for field in dataclasses.fields(tg.Stage)}
+    (stage,) = config.stages
+    of_stage = {name: fields.pop(name) for name in names & fields.keys()}
+    return dataclasses.replace(config, stages=(dataclasses.replace(stage, **of_stage),), **fields)
+
+
+SMALL = change(
     tg.PRESETS["laptop"],
     train_files=str(ROOT / "data/laptop/laptop_train_*.bin"),
     val_files=str(ROOT / "data/laptop/laptop_val_*.bin"),
@@ -31,7 +42,7 @@ SMALL = dataclasses.replace(
     lr_floor=0.0,
     momentum_warmup=60,
     seq_len=128,
-    batch_tokens=(2048,),
+    batch_tokens=2048,
     val_tokens=32768,
     steps=200,
     val_every=0,
@@ -47,10 +58,11 @@ class Recorder:
 
     def __init__(self):
         self.train, self.val = {}, {}  # {step: loss}
+        self.facts = {"device": "cpu"}
 
     def loss(self, step, steps, kind, loss, ms):
         getattr(self, kind)[step] = loss
-        tg.refuse(not math.isfinite(loss), "it diverged")
+        tg.fail_if(not math.isfinite(loss), "it diverged")
 
     def line(self, text, echo=False): ...
     def progress(self, text): ...
@@ -59,24 +71,26 @@ class Recorder:
 def build(config, methods=None) -> tg.Run:
     """A run before its first step, as train() builds it; methods: classes, instead of those that
     the config asks for."""
-    config = tg.resolve(config, ALONE.device)
+    config = tg.resolve(config, ALONE)
     torch.manual_seed(config.seed)
     chosen = tg.make_methods(config) if methods is None else [made(config) for made in methods]
-    run = tg.Run(config, ALONE, tg.GPT(config), chosen)
+    run = tg.Run(config, ALONE, tg.MODELS[config.model](config), chosen)
     for method in run.methods:
         method.attach(run.model)
+    run.model.allocate(ALONE)
+    run.val_len = config.val_len
     run.optimizers = tg.make_optimizers(run)
-    rows = [tokens // config.seq_len for tokens in config.batch_tokens]
-    run.micro = {row: row for row in rows}
-    run.clock, run.log = tg.Clock(ALONE.device), Recorder()
+    for stage in config.stages:
+        rows = stage.batch_tokens // stage.seq_len
+        run.micro[rows, stage.seq_len] = rows
+    run.clock, run.log = tg.Clock(ALONE), Recorder()
     return run
 
 
 def data(config):
     """(training batches, validation shards) of a config."""
     try:
-        shards = tg.Shards(config.train_files, "train_files", config.seq_len)
-        return tg.Batches(shards, config), tg.Shards(config.val_files, "val_files", config.seq_len)
+        return tg.open_data(config)[:2]
     except tg.UserError as error:
         name = Path(sys.argv[0]).name
         raise SystemExit(f"{name}: {error}; here: python data/laptop.py") from None
@@ -91,7 +105,7 @@ def train(config, methods=None, watch=None) -> tg.Run:
     run.methods += [watch] if watch else []
     batches, val = data(run.config)
     try:
-        tg.training_loop(run, batches, val, [])
+        tg.training_loop(run, batches, val, types.SimpleNamespace(stop=[], save=[]))
     except tg.UserError:
         run.log.val[run.config.steps] = math.nan
     return run

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import (
     SMALL,
     arguments,
+    change,
     data,
     figure,
     in_parallel,
@@ -55,13 +56,13 @@ class Averages(tg.Method):
         for name, lawa in self.windows.items():
             lawa.after_step(step, run)
             if step % EVERY == 0:
-                raw = tg.swap(run.model, lawa.eval_weights(run.model))
+                raw = tg.replace_weights(run.model, lawa.eval_weights(run.model))
                 self.losses[name, step] = tg.evaluate(run, self.val)
-                tg.swap(run.model, raw)
+                tg.replace_weights(run.model, raw)
 
 
 def run_one(task: dict) -> list[dict]:
-    config = dataclasses.replace(
+    config = change(
         SMALL,
         steps=STEPS,
         val_every=EVERY,

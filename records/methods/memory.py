@@ -3,9 +3,9 @@ GaLore paper's models.
 
     python records/methods/memory.py     3 minutes; 6 GB of memory; writes memory_*.csv, memory.png
 
-Live: one update of the presets laptop (four layers, no tables) and nov2024. An optimizer's gradient
-buffers live as long as it does; with per-layer updates the peak is taken as each gradient arrives,
-before it is freed. For nov2024 the projection is a random one and Newton-Schulz is left out: sizes
+Live: one update of the presets laptop (four layers, no tables) and nov2024. Gradients
+are those that the backward pass leaves; with per-layer updates the peak is taken as each gradient
+arrives, before it is freed. For nov2024 the projection is a random one and Newton-Schulz is left out: sizes
 do not depend on values, and both take minutes on a CPU.
 
 Shapes: the LLaMA models of arXiv 2403.03507 (configs of its public code), untied head, vocabulary
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ALONE, arguments, build, figure, read_csv, save, tg, write_csv  # noqa: E402
+from common import ALONE, arguments, build, change, figure, read_csv, save, tg, write_csv  # noqa: E402
 
 LLAMA = {  # hidden, intermediate, layers, rank in the paper
     "60M": (512, 1376, 8, 128),
@@ -32,14 +32,14 @@ VOCAB = 32000
 
 
 def variants(rank: int) -> dict[str, dict]:
-    galore = dict(galore=rank, low_rank_optimizer="adam")
+    galore = dict(galore=rank, matrix_optimizer="adam")
     return {
         "Muon": {},
         "Adam": dict(matrix_optimizer="adam"),
         f"GaLore {rank}": galore,
         f"GaLore {rank}, 8 bit": galore | dict(galore_bits=8),
         f"GaLore {rank}, 8 bit, per layer": galore | dict(galore_bits=8, galore_per_layer=True),
-        f"ReLoRA {rank}": dict(relora=rank, relora_warm_start=1),
+        f"ReLoRA {rank}": dict(relora=rank, relora_warm_start=1, matrix_optimizer="adam"),
     }
 
 
@@ -55,10 +55,10 @@ def storages(tensors) -> int:
 
 def measure(preset: str, name: str, fields: dict) -> dict:
     """One update (ReLoRA: one before and one after the wrap); bytes at their peak."""
-    config = dataclasses.replace(
+    config = change(
         tg.PRESETS[preset],
         seq_len=64,
-        batch_tokens=(64,),
+        batch_tokens=64,
         val_tokens=64,
         steps=100,
         device="cpu",
@@ -80,15 +80,13 @@ def measure(preset: str, name: str, fields: dict) -> dict:
     tg.PerLayer.arrived = look_first
     try:
         run = build(config)
-        rows = torch.randint(
-            config.vocab_size, (1, config.seq_len + 1), generator=tg.seeded("memory")
-        )
+        rows = tg.random_rows(run, 1, 64)
         for _step in range(1 + bool(config.relora)):
             gradients = 0
             tg.set_stage(run)
-            tg.forward_backward(run, *tg.split(rows, ALONE.device), micro=1)
+            tg.forward_backward(run, tg.make_batch(run, rows, run.step, []))
             look(run)
-            tg.update(run)
+            tg.step_optimizers(run)
             run.step += 1
             for method in run.methods:
                 method.after_step(run.step, run)
@@ -120,11 +118,11 @@ def live() -> list[dict]:
         return None, torch.eye(a.size(-1)).expand_as(a)
 
     # The sizes are the same, and these two would take minutes
-    torch.linalg.eigh, tg.newton_schulz = any_basis, lambda g, *args: g
+    torch.linalg.eigh, tg.newton_schulz = any_basis, lambda g, *args, **kwargs: g
     try:
         names = variants(128) | {
-            "GaLore 64": dict(galore=64, low_rank_optimizer="adam"),
-            "GaLore 256": dict(galore=256, low_rank_optimizer="adam"),
+            "GaLore 64": dict(galore=64, matrix_optimizer="adam"),
+            "GaLore 256": dict(galore=256, matrix_optimizer="adam"),
         }
         for name, fields in names.items():
             rows.append(measure("nov2024", name, fields))
@@ -159,18 +157,21 @@ def check_formula(model: str = "60M"):
     small = sum(2 * count * m * n for count, m, n in others)
     low_moments = moments - small
     for bits in (32, 8):
-        config = dataclasses.replace(tg.PRESETS["laptop"], galore=rank, galore_bits=bits)
+        config = dataclasses.replace(
+            tg.PRESETS["laptop"], galore=rank, galore_bits=bits, matrix_optimizer="adam"
+        )
         run = tg.Run(config, ALONE, None, [])
         method, measured = tg.GaLore(config), 0
         torch.linalg.eigh = lambda a: (None, torch.eye(a.size(-1)).expand_as(a))
         try:
             for count, m, n in hidden + others:
                 low = (count, m, n) in hidden
-                named = {str(i): torch.nn.Parameter(torch.zeros(m, n)) for i in range(count)}
-                rule = method.optimizers["adam"] if low else tg.Adam
-                optimizer = rule(named, 0.1, (m, n) if low else (), run)
+                named = {str(i): tg.parameter(torch.zeros(m, n), "matrix") for i in range(count)}
+                rule = method.wraps(tg.Adam) if low else tg.Adam
+                group = tg.MATRIX_GROUPS["adam"]
+                optimizer = rule(named, group, (m, n) if low else (), run)
                 optimizer.method = method if low else optimizer.method
-                optimizer.grads.normal_()
+                optimizer.grads = torch.randn_like(optimizer.weights)
                 optimizer.step()
                 measured += sum(t.nbytes for t in optimizer.state.values())
         finally:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import (
     SMALL,
     arguments,
+    change,
     figure,
     in_parallel,
     mean_std,
@@ -28,7 +29,7 @@ from common import (
 )  # noqa: E402
 
 STEPS, RANK, CYCLE = 200, 8, 40
-BASE = dataclasses.replace(SMALL, matrix_optimizer="adam", steps=STEPS, val_every=20)
+BASE = change(SMALL, matrix_optimizer="adam", steps=STEPS, val_every=20)
 RESTARTS = dict(relora=RANK, relora_interval=CYCLE)
 LORA = dict(relora=RANK, relora_interval=STEPS - 1)  # never merges
 WARM, COLD = dict(relora_warm_start=CYCLE), dict(relora_warm_start=2)
@@ -41,7 +42,7 @@ VARIANTS = {
     "no warm start: restarts + reset": RESTARTS | COLD,
     "no warm start: restarts + re-warm": RESTARTS | COLD,
     "no warm start: all three": RESTARTS | COLD,
-    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(low_rank_optimizer="muon"),
+    "ReLoRA, adapters with Muon": RESTARTS | WARM | dict(matrix_optimizer="muon"),
 }
 # The parts that a variant leaves out
 KEEPS_MOMENTS = ("no warm start: restarts", "no warm start: restarts + re-warm")

@@ -27,6 +27,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -112,22 +113,25 @@ def make_step(trainer, flags: list[str]):
     """(run, micro-batch, forward-and-backward, update) of a run's first stage, on random tokens."""
     config = trainer.parse_config(flags, "gpt2_small" if torch.cuda.is_available() else "laptop")
     runtime = trainer.init_runtime(config)
-    config = trainer.resolve(config, runtime.device)
-    micro = trainer.warm_up(config, runtime)
+    config = trainer.resolve(config, runtime)
+    silent = SimpleNamespace(progress=lambda text: None)
+    micro, val_len, recompute = trainer.warm_up(config, runtime, silent)
     run = trainer.build(config, runtime)
     run.optimizers, run.micro = trainer.make_optimizers(run), micro
+    run.val_len, run.model.recompute = val_len, recompute
     trainer.set_stage(run)
-    count = config.batch_tokens[0] // config.seq_len
+    stage = config.stages[0]
+    count = stage.batch_tokens // stage.seq_len
     generator = torch.Generator().manual_seed(0)
     last = config.vocab_size - 1
-    rows = torch.randint(last, (count, config.seq_len + 1), generator=generator)
+    rows = torch.randint(last, (count, stage.seq_len + 1), generator=generator)
     rows[torch.rand(rows.shape, generator=generator) < 1 / 500] = last  # documents of 500 tokens
-    batch = trainer.split(rows, runtime.device)
+    batch = trainer.make_batch(run, rows.numpy(), 0, [])
     return (
         run,
-        micro[count],
-        lambda: trainer.forward_backward(run, *batch, micro[count]),
-        lambda: trainer.update(run),
+        micro[count, stage.seq_len],
+        lambda: trainer.forward_backward(run, batch),
+        lambda: trainer.step_optimizers(run),
     )
 
 
@@ -160,18 +164,19 @@ def kernels(function, device, runs: int) -> dict[str, list]:
 def floors(run, trainer, limits: dict) -> dict[str, float]:
     """Fewest milliseconds of a step per class, by operations and bytes that cannot be avoided."""
     c, model = run.config, run.model
-    tokens, size = c.batch_tokens[0], 2 if c.bf16 else 4
-    weights = 12 * c.n_layer * c.n_embd**2 + c.padded_vocab * c.n_embd
-    attention = trainer.flops_per_token(model) - 6 * weights
-    activations = tokens * size * (66 * c.n_layer * c.n_embd + 3 * c.padded_vocab)
-    state = sum(t.nbytes for o in run.optimizers for t in o.state.values())
+    tokens, size = c.stages[0].batch_tokens, 2 if c.bf16 else 4
+    linears = [m for m in model.modules() if isinstance(m, trainer.Linear)]
+    weights = sum(linear.weight.numel() for linear in linears)
+    attention = max(0.0, model.flops_per_token() - 6 * weights)
+    activations = tokens * size * (66 * len(model.blocks) * c.n_embd + 3 * c.padded_vocab)
+    state = sum(optimizer.state_bytes() for optimizer in run.optimizers)
     held = sum(p.nbytes for p in model.parameters())
     update_bytes = (
         2 * state + 2 * held + 2 * held
     )  # state and weights read and written; gradients read and set to zero
     newton = 0
     for optimizer in run.optimizers:
-        if optimizer.weights.ndim == 3 and "momentum" in optimizer.state:
+        if optimizer.trains_matrices and "momentum" in optimizer.state:
             n, (short, long) = len(optimizer.weights), sorted(optimizer.weights.shape[1:])
             newton += 5 * n * (4 * short * short * long + 2 * short**3)
     return dict(
@@ -232,7 +237,7 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         ),
         reverse=True,
     )[:25]
-    rate = config.batch_tokens[0] / step_ms * 1000
+    rate = config.stages[0].batch_tokens / step_ms * 1000
     return dict(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch=torch.__version__,
@@ -242,7 +247,7 @@ def measure(trainer, flags: list[str], steps: int) -> dict:
         step_ms=step_ms,
         step_ms_all=times,
         tokens_per_second=rate,
-        mfu_of_measured=rate * trainer.flops_per_token(run.model) / limits["matmul_flops"],
+        mfu_of_measured=rate * run.model.flops_per_token() / limits["matmul_flops"],
         peak_memory_bytes=peak,
         ceilings=limits,
         classes=rows,

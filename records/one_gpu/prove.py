@@ -28,13 +28,15 @@ from records.tools.runs import Failed, Interrupted, call, interruptible, trainer
 
 FULL = "--val_tokens 1048576 --val_every 50"
 NOV2024 = f"--preset nov2024 --steps 200 --momentum_warmup 31 --batch_tokens 65536 {FULL}"
-GPT2_SMALL = f"""--preset gpt2_small --steps 200 --extension 5 --momentum_warmup 38
-    --momentum_cooldown 6 --batch_tokens 16384 32768 49152 49152 {FULL}"""
+GPT2_SMALL = f"""--preset gpt2_small --steps 200 --momentum_warmup 38 --momentum_cooldown 6
+    --batch_tokens 16384 32768 49152 40960 16384 --seq_len 2048 4096 6144 5120 2048 {FULL}"""
 METHOD = f"--preset nov2024 --steps 60 --momentum_warmup 10 --batch_tokens 16384 {FULL}"
-TINY = """--preset gpt2_small --steps 50 --extension 2 --momentum_warmup 10 --momentum_cooldown 2
-    --n_layer 4 --n_embd 256 --n_head 2 --seq_len 1024 --val_seq_len 1024 --max_document 512
-    --batch_tokens 2048 4096 6144 6144 --window 128 256 384 448 --short_window 64 128 192 192
-    --final_window 512 --bigram_rows 50304 --val_tokens 32768 --val_every 25"""
+ADAM = METHOD.replace(" --momentum_warmup 10", " --matrix_optimizer adam")
+TINY = """--preset gpt2_small --steps 50 --momentum_warmup 10 --momentum_cooldown 2 --n_embd 240
+    --n_head 2 --table_rows 50304 --val_seq_len 1024 --val_tokens 32768 --val_every 25
+    --batch_tokens 2048 4096 6144 5120 2048 --seq_len 256 512 768 640 256
+    --max_document 256 512 512 512 512 --window 128 256 384 384 448
+    --short_window 64 128 192 192 192"""
 CASES = {
     "nov2024": NOV2024,
     "gpt2_small": f"{GPT2_SMALL} --checkpoint_every 100",
@@ -43,7 +45,7 @@ CASES = {
     "doc_mask and window": f"{METHOD} --doc_mask --window 256 512",
     "relora": f"{METHOD} --relora 64 --relora_warm_start 20 --relora_interval 10",
     "galore": f"{METHOD} --galore 128 --galore_interval 20",
-    "galore, muon": f"{METHOD} --galore 128 --galore_interval 20 --low_rank_optimizer muon",
+    "galore, adam": f"{ADAM} --galore 128 --galore_interval 20",
     "galore, 8 bits": f"{METHOD} --galore 128 --galore_bits 8",
     "galore, per layer": f"{METHOD} --galore 128 --galore_per_layer --no_compile",
     "lawa": f"{METHOD} --lawa 5 --lawa_interval 10",
@@ -55,8 +57,8 @@ CASES = {
     "tiny bf16, CPU": f"{TINY} --device cpu",
 }
 # The same updates on one GPU and on several: only where --gpus is given
-SAME = f"""--preset gpt2_small --steps 50 --extension 2 --momentum_warmup 10
-    --momentum_cooldown 2 {FULL}"""
+SAME = f"""--preset gpt2_small --steps 50 --momentum_warmup 10 --momentum_cooldown 2
+    {FULL}"""
 ONE, ALL = "one GPU", "all GPUs"
 CASES |= {ONE: SAME, ALL: SAME}
 EQUAL = {  # pairs that must have the same losses of training: to so many nats

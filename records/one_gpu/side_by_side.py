@@ -63,7 +63,7 @@ FLOPS_PER_TOKEN = 6 * (12 * 12 * 768**2 + 50304 * 768) + 12 * 768 * 12 * ROW // 
 LOGS = {"record": "2024-11-08_CastBf16", "newest": "2025-08-23_SparseAttnGate"}
 SIMPLE = "records/track_3_optimization/train_gpt_simple.py"
 VAL = re.compile(r"^step[: ](\d+)(?:/\d+)?:? .*?val[_ ]loss[: ]+(?:tensor\()?([\d.]+)", re.M)
-IN_UPDATES = ("steps", "extension", "momentum_warmup", "momentum_cooldown")
+IN_UPDATES = ("steps", "momentum_warmup", "momentum_cooldown")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,10 @@ def our_job(flags: str, plan: Plan) -> Job:
         lengths = {name: getattr(whole, name) for name in IN_UPDATES}
         values = {name: length and plan.updates(length) for name, length in lengths.items()}
         values["val_every"] = plan.val_every
-        values["batch_tokens"] = [n * plan.batch_tokens // BATCH for n in whole.batch_tokens]
+        small = [stage.batch_tokens * plan.batch_tokens // BATCH for stage in whole.stages]
+        values["batch_tokens"] = small
+        if whole.model == "gpt2026":  # a row is an eighth of an update's tokens
+            values["seq_len"] = [tokens // 8 for tokens in small]
         values["val_tokens"] = plan.val_tokens
         values |= {
             f"{kind}_files": f"data/fineweb10B/fineweb_{kind}_*.bin" for kind in ("train", "val")
@@ -196,7 +199,7 @@ def our_job(flags: str, plan: Plan) -> Job:
         c = train_gpt.parse_config(words, "gpt2_small")
     except train_gpt.UserError as error:
         raise Failed(str(error)) from None
-    tokens = [train_gpt.at_step(c.batch_tokens, step, c) for step in range(c.steps)]
+    tokens = [stage.batch_tokens for stage in c.stages for _ in range(stage.steps)]
     return Job([str(ROOT / "train_gpt.py"), "ours", *words], tokens, plan.val_every, ours=True)
 
 
