@@ -5,7 +5,8 @@ GaLore paper's models.
 
 Live: one update of the presets laptop (four layers, no tables) and nov2024. Gradients
 are those that the backward pass leaves; with per-layer updates the peak is taken as each gradient
-arrives, before it is freed. For nov2024 the projection is a random one and Newton-Schulz is left out: sizes
+arrives, before it is freed. For nov2024 the projection is a random one and Newton-Schulz is left
+out: sizes
 do not depend on values, and both take minutes on a CPU.
 
 Shapes: the LLaMA models of arXiv 2403.03507 (configs of its public code), untied head, vocabulary

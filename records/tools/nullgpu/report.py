@@ -68,13 +68,36 @@ def mean_of(updates: list[dict]) -> dict:
 
 
 def stage_at(step: int, config: dict) -> tuple:
-    """The values of all schedules at an update, 0-based: ((name, value), ...)."""
+    """The values of all schedules at an update, 0-based: ((name, value), ...). A config has them as
+    lists of equal shares, or as rows of stages, which hold for another number of steps in
+    proportion."""
+    if config.get("stages"):
+        return row_at(step, config)
     schedules = {name: values for name, values in config.items() if isinstance(values, list)}
     schedules.setdefault("batch_tokens", [config.get("batch_tokens", 0)])
     return tuple(
         (name, value_at(values, step, config))
         for name, values in schedules.items()
         if len(values) > 1 or name == "batch_tokens"
+    )
+
+
+def row_at(step: int, config: dict) -> tuple:
+    """Of the stage at an update what differs among stages, and its batch."""
+    plan = config["stages"]
+    whole = sum(stage["steps"] for stage in plan)
+    step = step * whole // config.get("steps", whole)
+    for stage in plan:
+        if step < stage["steps"]:
+            break
+        step -= stage["steps"]
+    return tuple(
+        (name, value)
+        for name, value in stage.items()
+        if name == "batch_tokens"
+        or name not in ("steps", "extension", "predictions")
+        and len({str(other[name]) for other in plan}) > 1
+        and isinstance(value, int | float)
     )
 
 
