@@ -586,7 +586,7 @@ def test_cards_pass(gpu, gpus, flags):
 def test_a_plan_of_stages_is_read_by_its_rows():
     plan = [dict(steps=2, batch_tokens=64, window=8, prefix=[0.1], extension=False)]
     plan.append(dict(steps=6, batch_tokens=128, window=8, prefix=[0.0], extension=True))
-    rows = [report.stage_at(step, dict(stages=plan)) for step in (0, 1, 2, 7)]
+    rows = [reporting.stage_at(step, dict(stages=plan)) for step in (0, 1, 2, 7)]
     assert rows == [(("batch_tokens", 64),)] * 2 + [(("batch_tokens", 128),)] * 2
     longer = dict(stages=plan, steps=80)
-    assert report.stage_at(19, longer) == rows[0] and report.stage_at(20, longer) == rows[3]
+    assert reporting.stage_at(19, longer) == rows[0] and report.stage_at(20, longer) == rows[3]
