@@ -589,4 +589,4 @@ def test_a_plan_of_stages_is_read_by_its_rows():
     rows = [reporting.stage_at(step, dict(stages=plan)) for step in (0, 1, 2, 7)]
     assert rows == [(("batch_tokens", 64),)] * 2 + [(("batch_tokens", 128),)] * 2
     longer = dict(stages=plan, steps=80)
-    assert reporting.stage_at(19, longer) == rows[0] and report.stage_at(20, longer) == rows[3]
+    assert reporting.stage_at(19, longer) == rows[0] and reporting.stage_at(20, longer) == rows[3]
