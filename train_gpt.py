@@ -2764,7 +2764,15 @@ def save_checkpoint(run):
                     file.unlink()
         except OSError as failed:
             log.line(f"checkpoint: {path} not written ({failed})", echo=True)
-    runtime.gather(None)  # the others wait here
+    written = runtime.gather(path.exists())[0]
+    if row_adam and not written:  # rows without their model
+        path.with_suffix(f".table{runtime.rank}.pt").unlink(missing_ok=True)
+
+
+def newest_checkpoint(run):
+    """The path of the run's last checkpoint that was written, or None."""
+    found = run.folder.glob("step_??????.pt")
+    return max(found, key=os.path.getmtime, default=None)
 
 
 def read_checkpoint(path):
@@ -3342,9 +3350,9 @@ def train(c, runtime, argv):
     try:
         val_loss = training_loop(run, batches, val, signals)
     except Stopped:
-        path = run.folder / f"step_{run.step:06d}.pt"
-        line = f"stopped by a signal after step {run.step}; go on with --resume {path}"
-        log.line(line, echo=True)
+        path = newest_checkpoint(run)
+        hint = f"go on with --resume {path}" if path else "no checkpoint could be written"
+        log.line(f"stopped by a signal after step {run.step}; {hint}", echo=True)
         raise Stopped(*signals.stop) from None
     save_checkpoint(run)
     log.line(json.dumps(result_of(run, val_loss, warmup_ms)))
@@ -3375,12 +3383,11 @@ def closing_lines(run, val_loss):
     c, seconds = run.config, run.clock.seconds
     gap = c.target - val_loss
     outcome = f"target {c.target:.4f} {'reached' if gap >= 0 else 'missed'} by {abs(gap):.4f}"
-    pace = speed(run, seconds, tokens_of(c))
-    return (
-        f"val_loss {val_loss:.4f}, {outcome} in {seconds:.1f} s of training ({pace})"
-        f"{pricing(c)} | log {run.log.path}\n"
-        f'sample from it: ./run.sh --generate "..." --checkpoint {run.folder}/step_{c.steps:06d}.pt'
-    )
+    pace, path = speed(run, seconds, tokens_of(c)), newest_checkpoint(run)
+    line = f"val_loss {val_loss:.4f}, {outcome} in {seconds:.1f} s of training ({pace})"
+    line += f"{pricing(c)} | log {run.log.path}"
+    sample = f'\nsample from it: ./run.sh --generate "..." --checkpoint {path}'
+    return line + sample if path else line
 
 
 def start(argv):

@@ -405,6 +405,17 @@ def test_a_signal_saves_unasked_and_says_how_to_go_on(place, plain):
     assert stopped.code == 143 and again.losses() == plain.losses()
 
 
+def test_a_stop_on_a_full_disk_names_no_file_that_is_not_there(place, tmp_path):
+    with (
+        ExitStack() as disk,
+        at_step(3, lambda run: disk.enter_context(full_disk(run.log.path))),
+        at_step(7, lambda run: os.kill(os.getpid(), signal.SIGTERM)),
+    ):
+        stopped = run(place())
+    assert stopped.code == 143 and not list(tmp_path.glob("checkpoints/*/*"))
+    assert "no checkpoint could be written" in stopped.out and "--resume" not in stopped.out
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_warning_saves_and_training_goes_on(number, place, plain, tmp_path):
     with at_step(7, lambda run: os.kill(os.getpid(), number)):

@@ -122,7 +122,7 @@ def track_corpus(flags: list[str], preset, limit: int | None, digests: dict | No
         streams.append(np.concatenate(parts)[:limit])
         paths.append(default.replace("*", "000000"))
     train, val = streams
-    length = getattr(preset, "val_len", 0) or preset.seq_len
+    length = preset.val_len
     tokens = whole_number(flags, "val_tokens", preset.val_tokens)
     if len(val) <= tokens:
         raise BadInput(f"the validation shards hold {len(val):,} tokens, --val_tokens are {tokens}")
