@@ -1145,6 +1145,16 @@ def block_mask(allowed, b, t, size=128):
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=allowed, seq_lengths=lengths)
 
 
+def masked_attention(q, k, v, mask):
+    """Over [B, T, H, head_dim], queries scaled; mask: attention_mask's, or None: plain causal."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if isinstance(mask, BlockMask):
+        y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=1.0)
+    return y.transpose(1, 2)
+
+
 def interleave(x):
     """[B, T, H, head_dim] to [B, 2 T, H / 2, head_dim]: head h and head h + H / 2 take turns."""
     return x.unflatten(2, (2, -1)).flatten(1, 2)
@@ -1179,12 +1189,7 @@ class Attention(nn.Module):
             k = torch.cat((turning, before), dim=-1)
         if self.paired:  # January 2026
             q, k, v = interleave(q), interleave(k), interleave(v)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if isinstance(mask, BlockMask):
-            y = flex_attention(q, k, v, block_mask=mask, scale=1.0)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=1.0)
-        y = y.transpose(1, 2)
+        y = masked_attention(q, k, v, mask)
         return y.unflatten(1, (-1, 2)).flatten(2, 3) if self.paired else y
 
 

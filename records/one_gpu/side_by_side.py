@@ -163,11 +163,11 @@ def report():
 
 if ours:
     import train_gpt
-    update = train_gpt.update
+    step_optimizers = train_gpt.step_optimizers
     def marked(run):
-        update(run)
+        step_optimizers(run)
         mark()
-    train_gpt.update = marked
+    train_gpt.step_optimizers = marked
     sys.exit(train_gpt.main())
 torch.optim.optimizer.register_optimizer_step_post_hook(after_step)
 runpy.run_path(script, run_name="__main__")

@@ -146,7 +146,8 @@ def stage_row(updates: list[dict], stage: dict, config: dict, result: dict, opti
     }
     tokens = stage["batch_tokens"]
     share = tokens / options.gpus
-    rows = share / config.get("seq_len", 1)
+    plan = config.get("stages") or [config]
+    rows = share / stage.get("seq_len", plan[0].get("seq_len", 1))
     flops = result.get("flops_per_token")
     utilization = flops * share / total["seconds"] / options.card.bf16_flops if flops else None
     micro_batches = update["backwards"]
