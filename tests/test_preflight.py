@@ -30,7 +30,8 @@ SMALL = (
 ).split()
 # Record 92's five stages, narrow and short
 RECIPE = (
-    "--preset gpt2_small --vocab_size 257 --n_embd 192 --table_rows 10000 --val_seq_len 256 --val_tokens 2048 "
+    "--preset gpt2_small --vocab_size 257 --n_embd 192 --table_rows 10000 --val_seq_len 256 "
+    "--val_tokens 2048 "
     "--batch_tokens 2048 4096 4096 4096 2048 --seq_len 256 512 512 512 256 --max_document 128 "
     "--window 128 --short_window 64 --steps 48 --momentum_cooldown 4"
 )
