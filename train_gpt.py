@@ -1277,7 +1277,7 @@ class GPT(nn.Module):
         device = self.wte.weight.device
         weights, prefix = loss_weights_at(step, self.config)
         shares = [*weights, prefix] if prefix else weights
-        self.shares = torch.tensor(shares, device=device)
+        self.shares = self.to_device(torch.tensor(shares))
         views = self.views_at(step)
         if (views, device) != self.stage:
             self.stage = views, device
@@ -1306,7 +1306,7 @@ class GPT(nn.Module):
         return {name: self.to_device(array) for name, array in arrays.items()}
 
     def to_device(self, array):
-        device, tensor = self.wte.weight.device, torch.from_numpy(array)
+        device, tensor = self.wte.weight.device, torch.as_tensor(array)
         if device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
@@ -2448,21 +2448,18 @@ class RowAdam:
         shrink = self.rate**2 * self.decay
         self.squares.mul_(beta2)
         for rows, places in self.model.merge or ():
-            rows = self.to_device(rows)
+            rows = self.model.to_device(rows)
             old = table.rows[rows]
             dtype = torch.promote_types(old.dtype, torch.float32)
             g = torch.zeros_like(old, dtype=dtype)
             for (_, values), (entries, targets) in zip(gradients, places, strict=True):
-                values = values[self.to_device(entries)].to(dtype)
-                g.index_add_(0, self.to_device(targets), values)
+                values = values[self.model.to_device(entries)].to(dtype)
+                g.index_add_(0, self.model.to_device(targets), values)
             square = self.squares[rows] + (1 - beta2) * g.square().mean(1)
             self.squares[rows] = square
             u = scale * g / (square.sqrt() + self.group.eps)[:, None]
             table.rows[rows] = (old - u - (u * old > 0) * shrink * old).to(old.dtype)
         table.gradients, self.model.merge = [], None
-
-    def to_device(self, array):
-        return torch.from_numpy(array).to(self.table.rows.device, non_blocking=True)
 
     def gather_state(self):
         return {"steps": self.steps}
@@ -3138,8 +3135,8 @@ def send_loss(run, loss, requests):
     """Sum over ranks the loss and how many were asked to stop and to save, and start to copy all
     to the host."""
     cuda = run.runtime.device.type == "cuda"
-    stop, save = (float(any(asked)) for asked in requests)
-    sums = run.runtime.sum(torch.stack((loss, loss.new_tensor(stop), loss.new_tensor(save))))
+    asked = [torch.full_like(loss, float(any(numbers))) for numbers in requests]
+    sums = run.runtime.sum(torch.stack((loss, *asked)))
     host = torch.empty(3, pin_memory=cuda, dtype=sums.dtype).copy_(sums, non_blocking=True)
     event = torch.cuda.current_stream().record_event() if cuda else None
     run.late_losses.append((run.step, host, event))
