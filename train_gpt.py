@@ -111,6 +111,7 @@ class Config:
     target: float = 3.28  # validation loss to reach, nats per token
     device: Literal["auto", "cpu", "cuda", "mps", "xpu"] = "auto"  # auto: a GPU if there is one
     compile: bool | None = None  # torch.compile; unless given, on CUDA only
+    max_autotune: bool = False  # compile by trying kernels for every matmul: minutes of warm-up
     # data
     val_tokens: int = 10485760  # validation tokens, the same ones every time
     val_seq_len: int = 0  # tokens per row of validation; 0: the longest of training
@@ -128,6 +129,7 @@ class Config:
     zero_init: bool = True  # lm_head, o and down start at zero
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     bf16: bool = True  # activations and tables in bfloat16, other weights cast at use
+    fp8_head: bool = False  # lm_head's matmuls in training in float8; no card has shown it yet
     doc_mask: bool = False  # tokens attend within their own document only
     ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
     ngram_rows: int = 16384  # of each table of such embeddings; n-grams share rows by hash
@@ -258,6 +260,8 @@ def check_config(c):
     supar = bool(c.sparsity or c.mup_base_width)
     line = "SuPar has no rule for --matrix_optimizer anvil: use muon or adam"
     fail_if(supar and c.matrix_optimizer == "anvil", line)
+    odd = any(size % 16 for size in (c.n_embd, *(stage.seq_len for stage in c.stages)))
+    fail_if(c.fp8_head and odd, "--fp8_head needs --n_embd and --seq_len in multiples of 16")
     methods = [c.relora, c.galore, supar]
     fail_if(sum(map(bool, methods)) > 1, "--relora, --galore and SuPar exclude each other")
     fail_if(c.relora > c.n_embd, f"--relora {c.relora}: the rank must be at most --n_embd")
@@ -745,6 +749,8 @@ def init_runtime(c):
     runtime = Runtime(find_device(c.device, local_rank), rank, world_size)
     old = runtime.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)
     fail_if(old and c.bf16, "this card has no bfloat16: use --no_bf16")
+    old = runtime.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9)
+    fail_if(old and c.fp8_head, "this card has no float8: leave --fp8_head out")
     if world_size > 1:
         address = ":".join(os.environ.get(k, "?") for k in ("MASTER_ADDR", "MASTER_PORT"))
         if "TORCHELASTIC_RUN_ID" not in os.environ:  # started by hand: the others may never come
@@ -758,11 +764,15 @@ def init_runtime(c):
 def resolve(c, runtime):
     """Every "chosen for you" value replaced by what was chosen, so that the log says what ran."""
     compiles = runtime.device.type == "cuda" and not c.galore_per_layer
+    compiles = compiles if c.compile is None else c.compile
+    fail_if(c.max_autotune and not compiles, "--max_autotune does nothing without --compile")
+    if c.max_autotune:
+        torch._inductor.config.max_autotune_gemm = True
     start = c.relora_warm_start or max(1, c.steps // 4)
     c = dataclasses.replace(
         c,
         device=runtime.device.type,
-        compile=compiles if c.compile is None else c.compile,
+        compile=compiles,
         relora_warm_start=start,
         relora_interval=c.relora_interval or max(1, (c.steps - start) // 4),
         lawa_interval=c.lawa_interval or max(1, c.steps // 100),
@@ -1206,18 +1216,42 @@ class MLP(nn.Module):
         return self.down(F.relu(self.up(x)).square())
 
 
+@torch.library.custom_op("speedrun::matmul_float8", mutates_args=())
+def matmul_float8(a: Tensor, b: Tensor, a_max: Tensor, b_max: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in float8 (record of 13 January 2025). a_max, b_max: what no entry passes; dtype: of
+    a. An operator of its own, as the compiler would write transposed casts byte by byte."""
+    scales = a_max / torch.finfo(dtype).max, b_max / torch.finfo(torch.float8_e4m3fn).max
+    a8 = (a / scales[0]).to(dtype).contiguous()
+    b8 = (b / scales[1]).to(torch.float8_e4m3fn).T.contiguous().T  # columns, as the card wants
+    return torch._scaled_mm(a8, b8, *scales, out_dtype=a.dtype)
+
+
+@matmul_float8.register_fake
+def _(a, b, a_max, b_max, dtype):
+    return a.new_empty(a.size(0), b.size(1))
+
+
+def head_matmul(a, b, a_max, b_max, dtype=torch.float8_e4m3fn):
+    """a @ b, in float8 where limits are given."""
+    return a @ b if a_max is None else matmul_float8(a, b, a_max, b_max, dtype)
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum of the weighted cross-entropies of the capped logits of x Wᵀ. The gradients are made
     along with the loss, a part of the tokens at a time: logits are read once and never kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, goals, shares, cap):
+    def forward(ctx, x, weight, goals, shares, cap, fp8):
         """x [N, D], weight [V, D], goals [N, losses] (below 0: none), shares [losses]; cap: logits
-        to (capped logits, their slope, whether they are bounded)."""
+        to (capped logits, their slope, at most 1, whether they are bounded)."""
         w, column = weight.to(x.dtype), torch.arange(len(weight), device=x.device)
         total, dx, dw = 0.0, [], 0.0
+        x_max = w_max = g_max = None
+        if fp8:
+            largest = x.abs().amax(), w.abs().amax().clamp(min=1e-12), shares.sum()
+            x_max, w_max, g_max = (number.float() for number in largest)
         for part, goal in zip(x.split(16384), goals.split(16384), strict=True):
-            logits, slope, bounded = cap(at_least_fp32(part @ w.T))
+            logits, slope, bounded = cap(at_least_fp32(head_matmul(part, w.T, x_max, w_max)))
             # the exponentials of bounded logits need no maximum taken off first
             lse = logits.exp().sum(1, True).log() if bounded else logits.logsumexp(1, True)
             hits = logits.gather(1, goal.clamp(min=0))
@@ -1227,15 +1261,16 @@ class HeadLoss(torch.autograd.Function):
             for label, s in zip(goal.unbind(1), share.unbind(1), strict=True):
                 g = g - s[:, None] * (column == label[:, None])
             g = (g * slope).to(x.dtype)
-            dx.append(g @ w)
-            dw = dw + (g.T @ part).to(weight.dtype)
+            dx.append(head_matmul(g, w, g_max, w_max, torch.float8_e5m2))
+            dw_part = head_matmul(g.T, part, g_max, x_max, torch.float8_e5m2)
+            dw = dw + dw_part.to(weight.dtype)
         ctx.save_for_backward(torch.cat(dx), dw)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return (grad * dx).to(dx.dtype), grad * dw, None, None, None
+        return (grad * dx).to(dx.dtype), grad * dw, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -1364,7 +1399,8 @@ class GPT(nn.Module):
         weight = self.lm_head.weight if classes is None else self.lm_head.weight[classes]
         goals = targets.reshape(count, -1)
         shares = self.shares.to(torch.promote_types(x.dtype, torch.float32))
-        return HeadLoss.apply(x.flatten(0, 1), weight, goals, shares, self.cap) / count
+        fp8 = self.config.fp8_head
+        return HeadLoss.apply(x.flatten(0, 1), weight, goals, shares, self.cap, fp8) / count
 
     def numel(self):
         return sum(p.numel() for p in self.parameters())

@@ -289,12 +289,31 @@ def test_head_loss_has_the_gradients_of_autograd():
     goals = torch.randint(-1, 11, (9, 3), generator=generator)
     shares = torch.tensor([1.0, 0.5, 0.25], dtype=torch.double)
     cap = make().cap
-    ours = train_gpt.HeadLoss.apply(x, w, goals, shares, cap)
+    ours = train_gpt.HeadLoss.apply(x, w, goals, shares, cap, False)
     grads = torch.autograd.grad(2 * ours, (x, w))
     logp = (23 * torch.sigmoid((x @ w.T + 5) / 7.5)).log_softmax(-1)
     picked = logp.gather(1, goals.clamp(min=0)) * (goals >= 0) * shares
     torch.testing.assert_close(ours, -picked.sum())
     torch.testing.assert_close(grads, torch.autograd.grad(-2 * picked.sum(), (x, w)))
+
+
+@pytest.mark.parametrize("scale", [0.005, 0.05, 0.2])
+def test_a_float8_head_stays_near_the_exact_one(scale):
+    generator = torch.Generator().manual_seed(8)
+    x = torch.nn.functional.rms_norm(torch.randn(64, 48, generator=generator), (48,))
+    w = scale * torch.randn(320, 48, generator=generator)
+    goals = torch.randint(-1, 320, (64, 2), generator=generator)
+    shares, cap, found = torch.tensor([1.0, 0.5]), make().cap, []
+    for kind, fp8 in ((torch.double, False), (torch.bfloat16, True)):
+        leaves = x.to(kind).requires_grad_(), w.to(kind).requires_grad_()
+        loss = train_gpt.HeadLoss.apply(
+            *leaves, goals, shares.to(torch.promote_types(kind, torch.float32)), cap, fp8
+        )
+        found.append((loss.double(), *(g.double() for g in torch.autograd.grad(loss, leaves))))
+    (loss, *exact), (loss8, *near) = found
+    assert 0 < (loss8 / loss - 1).abs() < 2e-3
+    for g8, g in zip(near, exact, strict=True):
+        assert 1e-4 < (g8 - g).norm() / g.norm() < 0.1
 
 
 def test_the_sampled_loss_over_all_classes_is_the_full_one():
