@@ -13,6 +13,7 @@ from train_gpt import (
     PRESETS,
     Adagrad,
     Adam,
+    Anvil,
     Group,
     Method,
     Muon,
@@ -74,6 +75,18 @@ def test_newton_schulz_against_an_svd(shape, dtype):
     off = coordinates - torch.diag_embed(coordinates.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < (0.03 if dtype == torch.bfloat16 else 1e-4)
     assert (coordinates.diagonal(dim1=-2, dim2=-1) > 0).all()
+
+
+def test_anvil_keeps_matrices_of_rank_one_finite_in_bfloat16():
+    """First gradients are nearly that; at record 92's margin, 1.05, a third become infinite."""
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randn(100, 96, 1, generator=generator)
+    g = column @ torch.randn(100, 1, 64, generator=generator)
+    x = newton_schulz(g, torch.bfloat16, Anvil.MAPS, Anvil.MARGIN, 1e-6)
+    norms = torch.linalg.matrix_norm(x, 2)
+    assert 0.98 < norms.min() and norms.max() < 1.05
+    edge = newton_schulz(g, torch.bfloat16, Anvil.MAPS, 1.05, 1e-6)
+    assert not (torch.linalg.matrix_norm(edge) < 2).all()
 
 
 def test_newton_schulz_of_a_batch_is_that_of_each():

@@ -330,7 +330,7 @@ def table(counts: bytes) -> dict[str, tuple[int, float]]:
 
 def pretend_peers():
     """This rank meets nobody: it waits for no other to connect, the CPU's collectives do nothing,
-    and the objects by which ranks agree come back as if every rank had sent the same."""
+    and what ranks tell each other there comes back as if every rank had sent the same."""
     import torch.distributed as dist
     from torch.testing._internal.distributed import fake_pg
 
@@ -344,11 +344,26 @@ def pretend_peers():
     def gather(objects, mine, group=None):
         objects[:] = [mine] * len(objects)
 
+    new_group = dist.new_group
+
+    def new_group_alone(*args, backend=None, **kwargs):
+        return new_group(*args, backend="fake" if backend == "gloo" else backend, **kwargs)
+
+    exchange = dist.all_to_all_single
+
+    def exchange_alone(out, values, out_sizes=None, sizes=None, **kwargs):
+        if out.device.type != "cpu":
+            return exchange(out, values, out_sizes, sizes, **kwargs)
+        sizes = sizes or [len(values) // dist.get_world_size()] * dist.get_world_size()
+        first = values.split(sizes)[0]  # what goes to rank 0, this one, comes from all
+        out.copy_(first.repeat(len(sizes)))
+
     assert fake_pg  # importing it registers the backend
     from torch.nn.parallel import distributed
 
     distributed._verify_param_shape_across_processes = lambda *args: None
-    dist.init_process_group = start_alone
+    dist.init_process_group, dist.new_group = start_alone, new_group_alone
+    dist.all_to_all_single = exchange_alone
     dist.all_gather_object = gather
     dist.broadcast_object_list = lambda *args, **kwargs: None
 
