@@ -1148,11 +1148,20 @@ def block_mask(allowed, b, t, size=128):
     whole = (last - first == size - 1)[:, None]
     every = some & allowed(b, 0, last[:, None], first) & whole
     diagonal = torch.eye(len(first), dtype=torch.bool, device=t.device)
-    lists = []
-    for blocks in ((some & ~every) | diagonal, every):
-        lists += blocks.sum(-1).int(), blocks.int().argsort(descending=True, stable=True).int()
-    lengths = (len(t), len(t))
-    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=allowed, seq_lengths=lengths)
+    partial, lists = (some & ~every) | diagonal, []
+    for blocks in (partial, every, partial.mT, every.mT):  # for queries, then for keys
+        lists += block_lists(blocks)
+    return BlockMask((len(t), len(t)), *lists, BLOCK_SIZE=(size, size), mask_mod=allowed)
+
+
+def block_lists(blocks):
+    """Of bool [B, 1, n, n]: how many blocks are true in each row, and a row's true ones before its
+    others. As by a stable sort, but for a sort the compiler makes kernels that take minutes."""
+    column = torch.arange(blocks.size(-1), device=blocks.device).expand_as(blocks)
+    met = blocks.cumsum(-1)
+    count = met[..., -1:]
+    place = torch.where(blocks, met - 1, count + column - met)
+    return count.squeeze(-1).int(), torch.zeros_like(place).scatter(-1, place, column).int()
 
 
 def masked_attention(q, k, v, mask):

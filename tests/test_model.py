@@ -1,6 +1,7 @@
 """GPT2024 against a plain form of itself, its masks, its first values, what each switch does."""
 
 import functools
+import itertools
 import math
 
 import pytest
@@ -289,6 +290,21 @@ def test_the_block_mask_is_that_of_create_block_mask(length, window, documents):
             for count, rows in numbers
         ]
 
+    def pairs(counts, lists):  # in the order of rows
+        entries = zip(counts.flatten().tolist(), lists.flatten(0, 2).tolist(), strict=True)
+        return [
+            (row, block) for row, (count, row_of) in enumerate(entries) for block in row_of[:count]
+        ]
+
+    side = -(-length // 128)
+    for kind in ("", "full_"):
+        found = [
+            pairs(getattr(mask, f"{kind}{end}_num_blocks"), getattr(mask, f"{kind}{end}_indices"))
+            for end in ("kv", "q")
+        ]
+        turned = [(row - row % side + block, row % side) for row, block in found[1]]
+        assert all(a < b for a, b in itertools.pairwise(found[0]))
+        assert sorted(turned) == found[0]
     (some, every), (their_some, their_every) = kept(mask), kept(published)
     for block, (ours, theirs) in enumerate(zip(every, their_every, strict=True)):
         number = block % -(-length // 128)
