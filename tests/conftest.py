@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # the test models are tiny: more threads make them slower and their sums less repeatable
 torch.set_num_threads(1)
 MARKERS = {
-    "gpu": "needs a CUDA device; skipped where there is none",
+    "gpu": "needs a CUDA device; without one it runs only when asked for: -m gpu, and skips",
     "preflight": "the CUDA path on a stand-in, an hour; runs only when asked for: -m preflight",
     "slow": "takes more than ten seconds; runs only when asked for: pytest -m slow",
 }
@@ -22,9 +22,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    """Leaves out what nobody asked for; a skip says what this machine lacks, and nothing else."""
+    no_gpu, asked = not torch.cuda.is_available(), config.getoption("-m")
+    left_out = {name for name in MARKERS if name not in asked and (name != "gpu" or no_gpu)}
+    kinds = [{mark.name for mark in item.iter_markers()} for item in items]
+    for item, kind in zip(items, kinds, strict=True):
+        if "gpu" in kind and no_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        for name in ("preflight", "slow"):
-            if item.get_closest_marker(name) and name not in config.getoption("-m"):
-                item.add_marker(pytest.mark.skip(reason=f"{name}: runs with -m {name}"))
+    pairs = list(zip(items, kinds, strict=True))
+    config.hook.pytest_deselected(items=[item for item, kind in pairs if kind & left_out])
+    items[:] = [item for item, kind in pairs if not kind & left_out]

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show; each test skips itself without one.
+"""What only a CUDA device can show. Without one, no test here runs, and -m gpu skips them all.
 
     python -m pytest -q tests/test_gpu.py              most of the time goes into compilation
     python -m pytest -q tests/test_gpu.py -m slow      with 24 GB of memory: the big presets
