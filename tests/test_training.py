@@ -1,5 +1,6 @@
 """Whole runs on tiny shards, in this process: the loss, the log, the clock, faults, signals."""
 
+import gc
 import json
 import math
 import os
@@ -238,6 +239,20 @@ def test_the_clock_counts_training_alone(place, monkeypatch):
     assert forms in (1, 2, 3)
     assert "step:5/12 val_loss" in outcome.log
     assert "train_time:5000ms step_avg:1000.00ms" in outcome.log
+
+
+def test_no_garbage_is_collected_while_the_clock_runs(place, monkeypatch):
+    seen, step = [], train_gpt.step_optimizers
+
+    def watch(run):
+        seen.append((gc.isenabled(), gc.get_freeze_count() > 0))
+        step(run)
+
+    monkeypatch.setattr(train_gpt, "step_optimizers", watch)
+    monkeypatch.setattr(train_gpt, "warm_up", lambda *given: ({(8, 32): 8}, 32, False))
+    run(place())
+    assert seen and set(seen) == {(False, True)}
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
