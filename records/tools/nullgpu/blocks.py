@@ -81,6 +81,8 @@ class Graph:
         def resolve(argument):
             if isinstance(argument, torch.fx.Node):
                 return values[argument]
+            if argument is torch.uint16:  # Inductor's type of small numbers; a CPU counts in others
+                return torch.int64
             return torch.device("cpu") if isinstance(argument, torch.device) else argument
 
         for node in self.graph.nodes:
