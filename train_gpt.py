@@ -3099,15 +3099,16 @@ def free(run):
         p.grad = None
 
 
-def fits(run, work):
-    """Does this work fit into the memory of every rank?"""
-    done = False
-    with contextlib.suppress(torch.OutOfMemoryError):
+def misfit(run, work):
+    """What the allocator of some rank says of this work, "" where it fits on all."""
+    line = ""
+    try:
         work()
-        done = True
+    except torch.OutOfMemoryError as error:
+        line = str(error).partition(" If reserved")[0]
     if run.runtime.device.type == "cuda":
         torch.cuda.empty_cache()  # only here has the error let go of its tensors
-    return all(run.runtime.gather(done))
+    return next(filter(None, run.runtime.gather(line)), "")
 
 
 def fit_micro_batch(run, rows, seq_len):
@@ -3131,15 +3132,15 @@ def fit_micro_batch(run, rows, seq_len):
             forward_backward(run, batch)
             del waiting
 
-        fitting = fits(run, work)
+        line = misfit(run, work)
         del run.micro[few, seq_len]
-        if fitting:
+        if not line:
             run.micro[rows, seq_len] = micro
             return
         model.forget()
         if micro == 1:
             stuck = not model.can_recompute or model.recompute
-            fail_if(stuck, "not even one row fits into the GPU's memory")
+            fail_if(stuck, f"not even one row of {seq_len} fits into the GPU's memory: {line}")
             model.recompute = True
         micro = largest_divisor(rows, max(1, micro // 2))
 
@@ -3151,9 +3152,9 @@ def fit_validation(run):
         with torch.no_grad():
             forward(run, validation_inputs(run, random_rows(run, val_rows(run), run.val_len)))
 
-    while not fits(run, work):
+    while line := misfit(run, work):
         small = run.val_len % 2 or run.val_len < 256
-        fail_if(small, "not even a short row of validation fits into the GPU's memory")
+        fail_if(small, f"not even a short row of validation fits into the GPU's memory: {line}")
         run.val_len //= 2
 
 
