@@ -61,9 +61,8 @@ class Graph:
         while open_nodes:
             node = open_nodes.pop()
             value = node.meta.get("val")
-            if isinstance(value, torch.Tensor) and (
-                value.is_floating_point() or node.op != "placeholder" and value.numel() > LARGEST
-            ):
+            large = isinstance(value, torch.Tensor) and value.numel() > LARGEST
+            if is_float(value) or large and node.op != "placeholder":
                 return set()
             if node not in needed:
                 needed.add(node)
@@ -132,6 +131,10 @@ class Graph:
         return (allowed & (k >= first_k)).expand(len(batch), rows, columns).float().mean().item()
 
 
+def is_float(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def watch(tell):
     """Call tell(graph, inputs) at each call of a compiled graph that has attentions."""
     from torch._functorch import config
@@ -147,8 +150,8 @@ def watch(tell):
         if graph.attentions or graph.integers:
             run = compiled.current_callable
 
-            def counted(inputs):
-                given = list(inputs)
+            def counted(inputs):  # what it holds on to, the graph cannot free as it goes
+                given = [None if is_float(value) else value for value in inputs]
                 if graph.attentions:
                     tell(graph, given)
                 outputs = run(inputs)
