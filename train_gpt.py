@@ -3107,7 +3107,8 @@ def misfit(run, work):
     except torch.OutOfMemoryError as error:
         line = str(error).partition(" If reserved")[0]
     if run.runtime.device.type == "cuda":
-        torch.cuda.empty_cache()  # only here has the error let go of its tensors
+        gc.collect()  # only here has the error let go of its tensors
+        torch.cuda.empty_cache()
     return next(filter(None, run.runtime.gather(line)), "")
 
 
