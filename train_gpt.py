@@ -524,10 +524,10 @@ def parse_config(argv, default_preset):
             options["action"] = "store_true"
         elif get_origin(kind) is Literal:
             options |= dict(choices=get_args(kind), type=type(field.default))
-        elif field.name == "resume":
+        else:  # text is a path, but for --generate's, and --preset's, which has no ~
+            options["type"] = {str: os.path.expanduser, str | None: str}.get(kind, kind)
+        if field.name == "resume":
             options |= dict(nargs="?", const="latest")
-        else:
-            options["type"] = str if field.name == "generate" else kind
         if field.name != "stages":
             parser.add_argument(f"--{field.name}", **options)
     given = vars(parser.parse_args(argv))
@@ -824,7 +824,7 @@ class Shards:
 
     def __init__(self, pattern, flag, mark):
         self.pattern, self.mark = pattern, mark
-        self.paths = sorted(glob.glob(os.path.expanduser(pattern)))
+        self.paths = sorted(glob.glob(pattern))
         hint = "./run.sh fetches or builds them; data/prepare.py makes your own"
         fail_if(not self.paths, f"--{flag} {pattern}: no such files. {hint}")
         self.tokens = [shard_tokens(path) for path in self.paths]

@@ -309,6 +309,15 @@ def test_flags_become_fields():
     assert all(parse_config([], name) == preset for name, preset in PRESETS.items())
 
 
+def test_a_tilde_in_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    names = "train_files", "val_files", "log_dir", "checkpoint_dir", "resume"
+    given = parse_config([f"--{name}=~/x" for name in names], "nov2024")
+    assert {getattr(given, name) for name in names} == {"/home/ada/x"}
+    given = parse_config(["--generate", "~/x", "--checkpoint", "~/x"], "nov2024")
+    assert (given.generate, given.checkpoint) == ("~/x", "/home/ada/x"), "a prompt is no path"
+
+
 def test_presets():
     assert set(PRESETS) == set("gpt2_small nov2024 gpt2_medium gpt2_xl small laptop".split())
     for name, preset in PRESETS.items():
