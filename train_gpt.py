@@ -3372,14 +3372,22 @@ def check_ranks_agree(runtime, facts):
     fail_if(odd, f"ranks differ in {odd}: give all of them the same files and flags")
 
 
+def check_folders(c):
+    """Before anything is written. Raises UserError."""
+    for flag in ("log_dir", "checkpoint_dir"):
+        path = Path(getattr(c, flag)).absolute()
+        place = next(filter(os.path.exists, (path, *path.parents)))
+        fits = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
+        fail_if(not fits, f"--{flag} {path}: {place} is not a folder that can be written to")
+
+
 def train(c, runtime, argv):
     """A whole run, from the shards to the result line."""
     batches, val, data = open_data(c)
     path, state = find_resumption(c, data) if c.resume else ("", {})
     saving = {"checkpoint_every": c.checkpoint_every, "the step of --resume": state.get("step")}
     check_ranks_agree(runtime, identity(c, data) | saving)
-    with explain_errors(f"--checkpoint_dir {c.checkpoint_dir}: no folder can be made there"):
-        Path(c.checkpoint_dir).mkdir(parents=True, exist_ok=True)
+    check_folders(c)
     log, begun = Log(c, runtime, argv, data), time.perf_counter()
     log.line(f"{c.preset}: {c.steps} steps, {tokens_of(c):,} tokens", echo=True)
     cuda = runtime.device.type == "cuda"

@@ -204,8 +204,21 @@ def test_checkpoints_hold_no_code(copied):
 
 def test_a_folder_that_no_checkpoint_can_be_in_is_refused_at_once(place, tmp_path):
     (tmp_path / "checkpoints").write_text("a file in the way")
-    check_refused(run(place(checkpoint_every=5)), "--checkpoint_dir", "no folder can be made")
+    check_refused(run(place(checkpoint_every=5)), "--checkpoint_dir", "is not a folder")
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize("flag", ["log_dir", "checkpoint_dir"])
+def test_a_folder_that_may_not_be_written_to_leaves_nothing_behind(
+    flag, place, tmp_path, monkeypatch
+):
+    (tmp_path / "others").mkdir()
+    access = os.access  # root may write anywhere, so the system's answer is replaced
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not str(path).endswith("others")
+    )
+    check_refused(run(place(**{flag: tmp_path / "others" / "mine"})), f"--{flag}", "others is not")
+    assert [path.name for path in tmp_path.rglob("*")] == ["others"]
 
 
 # --------------------------------------------------------------------------------- other than told
