@@ -3474,6 +3474,14 @@ def start(argv):
         dist.destroy_process_group()
 
 
+def close_stdout():
+    """Python itself would complain, at its end, of what no reader is left for."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv=None):
     """Exit code: 0 done, 2 a user's mistake in one line, 1 a bug with its traceback, 128 + n
     stopped by signal n. Under torchrun `record` takes notes: the first error of all ranks is shown
@@ -3489,8 +3497,12 @@ def main(argv=None):
         return 128 + signal.SIGINT
     except UserError as error:
         code, text = 2, f"train_gpt.py: {error}"
+    except BrokenPipeError:  # the reader has enough: --help | head
+        return 0
     except Exception:
         code, text = 1, traceback.format_exc()
+    finally:
+        close_stdout()
     if "TORCHELASTIC_ERROR_FILE" not in os.environ:
         print(text, file=sys.stderr, flush=True)
     return code

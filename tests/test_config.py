@@ -357,6 +357,21 @@ def test_help_lists_every_field():
     assert all(name in outcome.out for name in PRESETS)
 
 
+@pytest.mark.parametrize("prompt", [[], ["--generate", "x"]], ids=["help", "sample"])
+def test_a_reader_that_has_enough(prompt, folder, tmp_path):
+    """As in `--help | head -3`: no traceback, whoever reads."""
+    argv = ["--help"]
+    if prompt:
+        assert run(flags(folder, steps=1, momentum_warmup=0, checkpoint_dir=tmp_path)).code == 0
+        argv = [*prompt, "--device", "cpu", "--checkpoint_dir", str(tmp_path)]
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *argv]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_import_has_no_side_effects(tmp_path):
     """Prints nothing, makes no file, touches neither CUDA nor groups, signals, random numbers."""
     code = f"""
