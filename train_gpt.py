@@ -49,14 +49,20 @@ import uuid
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
-from torch.utils.checkpoint import checkpoint as recompute
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.distributed.elastic.multiprocessing.errors import record
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+    from torch.utils.checkpoint import checkpoint as recompute
+except (ImportError, OSError) as error:
+    if __name__ != "__main__":
+        raise
+    print(f"train_gpt.py: {error}: ./run.sh sets up what it needs", file=sys.stderr)
+    sys.exit(2)
 
 SOURCE = Path(__file__).read_bytes().decode()  # read first: the log holds the code that really ran
 SOURCE_SHA256 = hashlib.sha256(SOURCE.encode()).hexdigest()

@@ -56,6 +56,9 @@ def tool(main):
             return main(argv) or 0
         except BadInput as error:
             line = str(error)
+        except BrokenPipeError:  # the reader has enough, as head has
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         except OSError as error:
             line = explain(error)
         except KeyboardInterrupt:

@@ -40,7 +40,7 @@ def usage() -> str:
 def main(argv: list[str]) -> int:
     verb, *rest = argv or ["--help"]
     if verb in ("-h", "--help", "help"):
-        print(usage())
+        importlib.import_module("records.tools.command").emit(usage())
         return 0
     if verb not in VERBS | MEASUREMENTS:
         known = ", ".join(VERBS | MEASUREMENTS)

@@ -372,6 +372,24 @@ def test_a_reader_that_has_enough(prompt, folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("lacking", ["numpy", "torch"])
+def test_a_python_without_what_it_needs(lacking, tmp_path):
+    (tmp_path / f"{lacking}.py").write_text(f"raise ImportError('no {lacking} here')")
+    for argv in (["train_gpt.py"], ["-c", "import train_gpt"]):
+        done = subprocess.run(
+            [sys.executable, *argv],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        )
+        line = f"train_gpt.py: no {lacking} here: ./run.sh sets up what it needs\n"
+        if "-c" in argv:  # an importer has its own way to say it
+            assert done.stderr.endswith(f"ImportError: no {lacking} here\n")
+        else:
+            assert (done.returncode, done.stderr) == (2, line)
+
+
 def test_import_has_no_side_effects(tmp_path):
     """Prints nothing, makes no file, touches neither CUDA nor groups, signals, random numbers."""
     code = f"""
