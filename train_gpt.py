@@ -39,8 +39,10 @@ import os
 import platform
 import queue
 import re
+import shutil
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -727,6 +729,12 @@ class Runtime:
         return tensor
 
 
+UNUSABLE = (
+    "this machine has GPUs, but torch cannot use them: mend the driver or torch, or train on the "
+    "CPU with --device cpu --preset laptop"
+)
+
+
 def find_device(wanted, local_rank):
     """The device of a process. Raises UserError where the machine has none of this kind."""
     found = torch.accelerator.current_accelerator(check_available=True)
@@ -738,8 +746,25 @@ def find_device(wanted, local_rank):
     count = torch.accelerator.device_count()
     fail_if(local_rank >= count, f"{local_rank + 1} processes, but {count} usable GPUs here")
     device = torch.device(kind, local_rank)
-    torch.accelerator.set_device_index(local_rank)
+    with explain_errors(UNUSABLE):
+        torch.accelerator.set_device_index(local_rank)
+        torch.ones(1, device=device).sum().item()
     return device
+
+
+def check_compiler(on_gpu):
+    """Raises UserError where torch.compile could not build what it writes: Triton's parts in C, or
+    a CPU's kernels in C++."""
+    variable, usual = ("CC", "gcc") if on_gpu else ("CXX", "g++")
+    compiler = os.environ.get(variable, usual)
+    lacking = [] if shutil.which(compiler) else [f"a compiler ({compiler})"]
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        lacking.append("Python's headers (python3-dev)")
+    fail_if(
+        lacking,
+        f"torch.compile needs {' and '.join(lacking)}: apt install {usual} python3-dev, "
+        "or run without it, several times slower: --no_compile",
+    )
 
 
 def init_runtime(c):
@@ -772,6 +797,8 @@ def resolve(c, runtime):
     """Every "chosen for you" value replaced by what was chosen, so that the log says what ran."""
     compiles = runtime.device.type == "cuda" and not c.galore_per_layer
     compiles = compiles if c.compile is None else c.compile
+    if compiles:
+        check_compiler(runtime.on_gpu)
     fail_if(c.max_autotune and not compiles, "--max_autotune does nothing without --compile")
     if c.max_autotune:
         torch._inductor.config.max_autotune_gemm = True
@@ -3468,10 +3495,9 @@ def start(argv):
     """Train, or sample. Raises whatever goes wrong."""
     gpu = torch.accelerator.is_available()
     c = parse_config(argv, "gpt2_small" if gpu else "laptop")
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     idle = glob.glob("/dev/nvidia[0-9]*") and not gpu and not hidden and c.device == "auto"
-    line = f"this machine has GPUs that torch {torch.__version__} cannot use: "
-    fail_if(idle, line + "install a fitting driver or torch, or give --device cpu")
+    fail_if(idle, f"{UNUSABLE} (torch {torch.__version__} finds none)")
     if c.generate is not None:
         return generate(c)
     runtime = init_runtime(c)

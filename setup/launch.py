@@ -13,11 +13,9 @@ import glob
 import logging
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 if not __package__:  # run as a script
@@ -58,6 +56,8 @@ def usable_gpus() -> int:
     """How many GPUs torch can use. Raises BadInput where the machine has cards that it cannot."""
     import torch
 
+    import train_gpt
+
     cards = glob.glob("/dev/nvidia[0-9]*")
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
     if hidden or not (cards or torch.cuda.is_available()):
@@ -74,23 +74,7 @@ def usable_gpus() -> int:
             return int(count)
         why = f"torch {version} finds none"
         why += "" if torch.version.cuda or torch.version.hip else ": it is built without CUDA"
-    raise BadInput(
-        f"this machine has GPUs, but torch cannot use them ({why}); mend the driver or torch, or "
-        "train on the CPU with --device cpu --preset laptop"
-    )
-
-
-def check_compiler():
-    """Raises BadInput where Triton, which torch.compile uses on GPUs, could not build its parts."""
-    compilers = filter(None, (os.environ.get("CC"), "gcc", "clang", "cc"))
-    lacking = [] if any(map(shutil.which, compilers)) else ["a C compiler (gcc)"]
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        lacking.append("Python's headers (python3-dev)")
-    if lacking:
-        raise BadInput(
-            f"torch.compile needs {' and '.join(lacking)}: apt install gcc python3-dev, "
-            "or run without it, several times slower: --no_compile"
-        )
+    raise BadInput(f"{train_gpt.UNUSABLE} ({why})")
 
 
 def whole_number(name: str, default: int, least: int, most: int) -> int:
@@ -274,14 +258,15 @@ def main(argv=None):
         raise BadInput(f"torch cannot be imported ({error}); install it again") from None
     try:
         config, gpus = read_config(argv)
+        compiles = gpus > 0 if config.compile is None else config.compile
+        if compiles and config.generate is None and not fetch_only:
+            train_gpt.check_compiler(gpus > 0)  # before anything is fetched
     except train_gpt.UserError as error:
         print(f"train_gpt.py: {error}", file=sys.stderr)
         return 2
     processes, flags = 1, []
     if config.generate is None:
         processes, flags = count_processes(config, gpus), rendezvous()
-        if gpus and config.compile is not False and not fetch_only:
-            check_compiler()
         code = bring_data(config, train_gpt.PRESETS)
         if code or fetch_only:
             return code

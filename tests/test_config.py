@@ -184,6 +184,43 @@ def test_a_gpu_asked_for_and_absent(folder, monkeypatch):
     check_refused(run(flags(folder, device="cuda")), "1 processes, but 0 usable GPUs")
 
 
+def test_gpus_that_torch_cannot_use(folder, monkeypatch):
+    found = {"/dev/nvidia[0-9]*": ["/dev/nvidia0"]}
+    monkeypatch.setattr(train_gpt.glob, "glob", lambda pattern: found.get(pattern, []))
+    monkeypatch.setattr(train_gpt.torch.accelerator, "is_available", lambda: False)
+    line = "this machine has GPUs, but torch cannot use them"
+    check_refused(
+        run(["--log_dir", str(folder)]), line, "--device cpu --preset laptop", "finds none"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    check_refused(run(["--train_files", "none"]), "no such files")
+    # one that torch counts, and that computes nothing
+    accelerator = train_gpt.torch.accelerator
+    monkeypatch.setattr(
+        accelerator, "current_accelerator", lambda **_: train_gpt.torch.device("cuda")
+    )
+    monkeypatch.setattr(accelerator, "device_count", lambda: 1)
+    check_refused(run(flags(folder, device="cuda")), line, "(")
+
+
+def test_what_the_compiler_lacks(folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", "/nonexistent")
+    argv = flags(folder, compile=True, log_dir="logs", checkpoint_dir="checkpoints")
+    needs = "torch.compile needs a compiler (/nonexistent)"
+    check_refused(run(argv), f"{needs}: apt install g++ python3-dev", "--no_compile")
+    monkeypatch.setattr(train_gpt.sysconfig, "get_path", lambda name: str(tmp_path))
+    check_refused(run(argv), f"{needs} and Python's headers (python3-dev): apt")
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(UserError, match=r"\(gcc\) and Python's headers.*: apt install gcc "):
+        train_gpt.check_compiler(on_gpu=True)
+    (tmp_path / "Python.h").touch()
+    (tmp_path / "gcc").touch(mode=0o755)
+    train_gpt.check_compiler(on_gpu=True)
+
+
 def test_ranks_that_do_not_divide_the_rows(folder, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     check_refused(run(flags(folder)), "3 processes", "8 rows")

@@ -44,7 +44,7 @@ def start(monkeypatch, capfd):
             raise Executed
 
         monkeypatch.setattr(launch, "usable_gpus", lambda: gpus)
-        monkeypatch.setattr(launch, "check_compiler", lambda: compilers.append(True))
+        monkeypatch.setattr(train_gpt, "check_compiler", compilers.append)
         monkeypatch.setattr(launch, "usable_cores", lambda: cores)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
         monkeypatch.setattr(laptop, "main", call("laptop", data_exit))
@@ -241,17 +241,13 @@ def test_cards_that_torch_cannot_use(cards, monkeypatch, out, err, why):
     assert (config.preset, gpus) == ("laptop", 0)
 
 
-def test_no_compiler_is_one_line_before_the_fetch(start, monkeypatch, tmp_path):
-    check_compiler = launch.check_compiler
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
-    monkeypatch.setattr(launch.sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(shards.BadInput, match=r"\(gcc\) and Python's headers \(python3-dev\): apt"):
-        check_compiler()
-    monkeypatch.setattr(launch.shutil, "which", lambda name: name)
-    (tmp_path / "Python.h").touch()
-    check_compiler()
+def test_no_compiler_is_one_line_before_the_fetch(start, monkeypatch, capfd, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert launch.main(["--compile"]) == 2
+    assert capfd.readouterr().err.startswith("train_gpt.py: torch.compile needs a compiler (g++): ")
 
-    assert start(gpus=1).compilers
+    assert start(gpus=1).compilers == [True] and start("--compile").compilers == [False]
     for words, gpus in ((["--no_compile"], 1), ([], 0), (["fetch"], 1)):
         assert not start(*words, gpus=gpus).compilers
 
@@ -308,7 +304,7 @@ PRESETS = dict.fromkeys(("laptop", "gpt2_small"), SimpleNamespace(train_files="a
 def parse_config(argv, default_preset):
     return SimpleNamespace(train_files="x.bin", val_files="x.bin", vocab_size=257,
                            stages=[SimpleNamespace(batch_tokens=64, seq_len=8)],
-                           steps=4, device="cpu", generate=None, val_tokens=64,
+                           steps=4, device="cpu", generate=None, compile=None, val_tokens=64,
                            val_len=8)
 
 def obey(number, frame):
