@@ -12,7 +12,6 @@ about ten minutes.
 
 import argparse
 import contextlib
-import dataclasses
 import io
 import os
 import random
@@ -225,14 +224,14 @@ LONG = """train_files val_files log_dir checkpoint_dir compile n_layer n_embd st
 def flags(count: int, rng: random.Random, root: Path):
     """Random flags with random values on a tiny run: it runs, or one line and exit code 2."""
     place, laptop = Place(root / "flags", 4), train_gpt.PRESETS["laptop"]
-    names = [field.name for field in dataclasses.fields(laptop) if field.name not in LONG]
+    numbers = vars(laptop.stages[0]) | vars(laptop)
+    names = [n for n, value in numbers.items() if n not in LONG and not isinstance(value, tuple)]
     ran = told = 0
     for trial in range(count):
         argv = list(place.flags)
         for name in rng.sample(names, rng.randrange(1, 4)):
             word = rng.choice((f"--{name}",) * 3 + (f"--no_{name}", f"--{name[:-1]}", name))
-            usual = getattr(laptop, name)
-            usual = usual[0] if isinstance(usual, tuple) else usual
+            usual = numbers[name]
             bare = rng.random() < 0.1 or usual in (True, False, None)
             value = rng.choice((str(usual), rng.choice(VALUES)))
             argv += [word] if bare else [word, value]

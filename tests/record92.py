@@ -70,7 +70,6 @@ class Recipe:
         ]
     )
     final_window: int = 2560
-    segment: int = 2560  # longest attention segment in training
     cooldown: float = 0.80
     floor: float = 0.30
     momentum: tuple = (0.85, 0.93)
@@ -481,18 +480,6 @@ def validation_loss(x, head, targets):
 
 
 # ---- Data
-def pack(starts, size, room, cap):
-    """Rows of `room` tokens, [(begin, end), ...] each, out of the documents that start there."""
-    rows, row, left = [], [], room
-    for begin, end in itertools.pairwise([*starts, size]):
-        row.append((begin, min(end, begin + cap, begin + left)))
-        left -= row[-1][1] - row[-1][0]
-        if left == 0:
-            rows.append(row)
-            row, left = [], room
-    return rows
-
-
 def segments_of(lengths, cap):
     """Number of the attention segment of each token, for documents of these lengths."""
     starts = torch.cat([torch.arange(n) % cap == 0 for n in lengths])

@@ -344,7 +344,8 @@ def update(first, launches, last=None, validated=False):
 
 def test_stages_are_described_by_the_mean_of_their_updates():
     """Of a script that reads its loss one update late; validations at 0, 6 and the end."""
-    config = dict(steps=14, batch_tokens=[1024, 2048, 4096], seq_len=128, extension=2)
+    sizes = (6, 1024), (6, 2048), (2, 4096)
+    plan = [dict(steps=steps, batch_tokens=tokens, seq_len=128) for steps, tokens in sizes]
     updates = [
         update(0, 8, validated=True),
         update(1, 4),
@@ -358,7 +359,7 @@ def test_stages_are_described_by_the_mean_of_their_updates():
     ]
     updates[2]["waits"] = [("wait for a stream", 3)]
     run = SimpleNamespace(seen=dict(updates=updates))
-    run.config = lambda: config
+    run.config = lambda: dict(stages=plan)
     run.result = lambda: dict(flops_per_token=6.0)
     options = SimpleNamespace(card=CARDS["h100"], gpus=2, updates=140, dollars_per_hour=3.0)
     stages = reporting.stages_of(run, options)
@@ -370,10 +371,9 @@ def test_stages_are_described_by_the_mean_of_their_updates():
     for stage, seconds in zip(stages, (0.1, 0.2, 0.4), strict=True):
         stage["estimated_seconds"] = seconds
     whole = reporting.whole_run(stages, run, options)
-    # 138 updates in two equal stages, and an extension of 2
-    assert whole["seconds"] == pytest.approx(69 * 0.1 + 69 * 0.2 + 2 * 0.4)
+    assert whole["seconds"] == pytest.approx(60 * 0.1 + 60 * 0.2 + 20 * 0.4)
     assert whole["dollars"] == pytest.approx(whole["seconds"] / 3600 * 2 * 3)
-    assert "whole run: 21 s" in tool.total_line(whole) and "$0.04" in tool.total_line(whole)
+    assert "whole run: 26 s" in tool.total_line(whole) and "$0.04" in tool.total_line(whole)
     options.updates = None
     assert reporting.whole_run(stages, run, options) is None
 

@@ -12,6 +12,7 @@ from test_records_logs import NEW, SOURCE, our_log, public, write
 from test_records_verify import RECORDS, laptop_rules, logs_in  # noqa: F401
 
 from records.tools import board, checks, folders, logs, plot, race, stats, submit
+from records.tools.tracks import RUN_LOCAL
 
 WORDS = ["--track", "laptop", "--what", "A new idea.", "--why", "It works."]
 
@@ -352,6 +353,12 @@ def test_this_repository_is_up_to_date(monkeypatch):
     """A stale leaderboard fails here: run python -m records board."""
     monkeypatch.undo()
     assert board.main(["--check"]) == 0
+
+
+def test_what_may_differ_between_runs_is_what_the_trainer_says():
+    import train_gpt
+
+    assert RUN_LOCAL == train_gpt.LOCAL_FIELDS | {"seed"}
 
 
 def test_the_public_history_has_a_day_for_every_record():

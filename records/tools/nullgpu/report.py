@@ -68,23 +68,11 @@ def mean_of(updates: list[dict]) -> dict:
 
 
 def stage_at(step: int, config: dict) -> tuple:
-    """The values of all schedules at an update, 0-based: ((name, value), ...). A config has them as
-    lists of equal shares, or as rows of stages, which hold for another number of steps in
-    proportion."""
-    if config.get("stages"):
-        return row_at(step, config)
-    schedules = {name: values for name, values in config.items() if isinstance(values, list)}
-    schedules.setdefault("batch_tokens", [config.get("batch_tokens", 0)])
-    return tuple(
-        (name, value_at(values, step, config))
-        for name, values in schedules.items()
-        if len(values) > 1 or name == "batch_tokens"
-    )
-
-
-def row_at(step: int, config: dict) -> tuple:
-    """Of the stage at an update what differs among stages, and its batch."""
-    plan = config["stages"]
+    """Of the stage at an update, 0-based, what differs among stages, and its batch: ((name, value),
+    ...). Stages hold for another number of steps in proportion."""
+    plan = config.get("stages")
+    if not plan:  # a script that logs no config
+        return (("batch_tokens", 0),)
     whole = sum(stage["steps"] for stage in plan)
     step = step * whole // config.get("steps", whole)
     for stage in plan:
@@ -99,16 +87,6 @@ def row_at(step: int, config: dict) -> tuple:
         and len({str(other[name]) for other in plan}) > 1
         and isinstance(value, int | float)
     )
-
-
-def value_at(values: list, step: int, config: dict):
-    """One value for each equal share of the run; the last of several may be for an extension."""
-    extension = config.get("extension", 0) if len(values) > 1 else 0
-    steps = config["steps"] - extension
-    if step >= steps:
-        return values[-1]
-    shares = values[:-1] if extension else values
-    return shares[step * len(shares) // steps]
 
 
 def whole_run(stages: list[dict], run: Run, options) -> dict | None:
@@ -146,8 +124,8 @@ def stage_row(updates: list[dict], stage: dict, config: dict, result: dict, opti
     }
     tokens = stage["batch_tokens"]
     share = tokens / options.gpus
-    plan = config.get("stages") or [config]
-    rows = share / stage.get("seq_len", plan[0].get("seq_len", 1))
+    (first, *_) = config.get("stages") or [{}]
+    rows = share / stage.get("seq_len", first.get("seq_len", 1))
     flops = result.get("flops_per_token")
     utilization = flops * share / total["seconds"] / options.card.bf16_flops if flops else None
     micro_batches = update["backwards"]
