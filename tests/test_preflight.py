@@ -302,9 +302,9 @@ def test_bytes_are_those_of_distinct_buffers(monkeypatch):
         fn=SimpleNamespace(src="def k():\n    tmp0 = load\n    tmp1 = tmp0 + 1\n    store(tmp1)"),
     )
     given |= dict(r0_numel=3)
-    assert observe.fused_work(kernel, (7, 3), given) == ("k", 480.0, 0.0, 2 * 7 * 3)
+    assert observe.fused_work(kernel, given) == ("k", 480.0, 0.0, 2 * 7 * 3)
     kernel.inductor_meta["kernel_num_gb"] = 1e-7
-    assert observe.fused_work(kernel, (7, 3), given)[1] == pytest.approx(100)
+    assert observe.fused_work(kernel, given)[1] == pytest.approx(100)
     own = SimpleNamespace(src="tl.dot", __name__="mine")
     matrices = dict(a=torch.zeros(2, 8, 4), c=torch.zeros(2, 8, 8), M=8, K=4)
     assert observe.own_work(own, matrices) == ("mine", 4 * (64 + 128), 2 * 2 * 8 * 8 * 4, 0.0)

@@ -144,7 +144,7 @@ class Observer:
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
         from triton.runtime.jit import JITFunction
 
-        work_of = functools.cache(fused_work)
+        known = {}  # by kernel and sizes; no arguments, which would stay in memory
         run, run_own = CachingAutotuner.run, JITFunction.run
 
         @functools.wraps(run)
@@ -152,8 +152,9 @@ class Observer:
             begun = time.perf_counter()
             given = dict(zip(kernel.triton_meta["signature"], args, strict=False))
             if "kernel_num_gb" in kernel.inductor_meta:
-                sizes = tuple(value for value in args if isinstance(value, int))
-                self.launched(*work_of(kernel, sizes, Arguments(given)))
+                key = kernel, *(value for value in args if isinstance(value, int))
+                known[key] = known.get(key) or fused_work(kernel, given)
+                self.launched(*known[key])
             else:
                 self.launched(*own_work(kernel.fn, given))
             self.overhead += time.perf_counter() - begun
@@ -271,17 +272,7 @@ class Observer:
         )
 
 
-class Arguments(dict):
-    """A kernel's arguments by name; of no account to a cache."""
-
-    def __hash__(self):
-        return 0
-
-    def __eq__(self, other):
-        return True
-
-
-def fused_work(kernel, sizes: tuple, given: Arguments) -> tuple:
+def fused_work(kernel, given: dict) -> tuple:
     """(name, bytes, operations, instructions) of a launch of Inductor's kernel: no more bytes than
     its buffers have, since Inductor counts slices of one as if each were another."""
     meta = kernel.inductor_meta
