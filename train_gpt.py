@@ -3217,6 +3217,18 @@ def warm_up(c, runtime, log):
     return run.micro, run.val_len, run.model.recompute
 
 
+def threads_fight(seconds=0.3):
+    """Do the threads of a CPU wait for each other longer than they work? A sum that they share
+    takes 10 to 600 us, also beside other programs; 10 ms or more, a time slice of the system, where
+    a thread that has a core waits, spinning, for one that has none."""
+    threads, sums = torch.get_num_threads(), 0
+    x, end = torch.zeros(32768 * threads), time.monotonic() + seconds
+    while threads > 1 and time.monotonic() < end:
+        x += 1
+        sums += 1
+    return threads > 1 and seconds / sums > 0.003
+
+
 def send_loss(run, loss, requests):
     """Sum over ranks the loss and how many were asked to stop and to save, and start to copy all
     to the host."""
@@ -3439,6 +3451,10 @@ def train(c, runtime, argv):
     run.clock, run.log, run.data = Clock(runtime), log, data
     run.folder = Path(c.checkpoint_dir, log.path.stem)
     log.line(run_facts(run, warmup_ms), echo=True)
+    if not runtime.on_gpu and threads_fight():
+        line = "other programs use these cores, and the threads wait for each other: steps take up "
+        line += "to ten times as long; set OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1"
+        log.line(line, echo=True)
     if state:
         resume(run, path, state)
         state = None  # its memory is free

@@ -388,6 +388,30 @@ def test_a_log_folder_removed_during_the_run(place, plain):
     assert '"run_id"' in outcome.out, "the result reaches the screen"
 
 
+@pytest.mark.parametrize(
+    "threads, seconds, speaks", [(2, 0.02, True), (2, 0, False), (1, 0.02, False)]
+)
+def test_threads_that_fight_are_told_once(threads, seconds, speaks, place, monkeypatch):
+    """A shared sum takes so many seconds; two spinning processes do the same, but not always."""
+
+    class Slow:
+        def __iadd__(self, one):
+            time.sleep(seconds)
+            return self
+
+    zeros = torch.zeros
+
+    def make(*shape, **options):
+        return Slow() if shape == (32768 * threads,) else zeros(*shape, **options)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch, "zeros", make)
+    outcome = run(place(steps=1, momentum_warmup=0))
+    assert outcome.code == 0, outcome.err
+    said = [line for line in outcome.body if "OMP_WAIT_POLICY=PASSIVE" in line]
+    assert len(said) == speaks and all(line in outcome.out for line in said)
+
+
 def test_nothing_is_overwritten(place, tmp_path):
     logs = []
     for _ in range(3):
