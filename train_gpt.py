@@ -2151,13 +2151,14 @@ class Method:
     """An optional method: hooks that default to nothing, so that the hot path has no branch for
     it. The methods stand at the end of the file."""
 
-    wraps = staticmethod(
-        lambda rule: rule
-    )  # the Optimizer class of hidden matrices, from the plain
     transforms = False  # do project and lift change updates?
 
     def __init__(self, c):
         self.config = c
+
+    def wraps(self, rule):
+        """The Optimizer class of hidden matrices, from the plain one."""
+        return rule
 
     def attach(self, model):
         """After init, before optimizers and compile."""
@@ -3748,10 +3749,8 @@ class LAWA(Method):
 
 
 class TailAverage(Method):
-    """The run ends on averages of its last quarter's weights, each kind's norm restored (V_ of
-    record 92). Every rank averages its own rows; the averages are a part of the optimizers' state.
-
-    A step is counted from 0, r = 2 / (tail + 1) and 2 / (tail / 4 + 1):"""
+    """The run ends on averages of its last quarter's weights, each kind's norm restored (record
+    92). Every rank averages its own rows; the averages are a part of the optimizers' state."""
 
     ENDS = "wte", "wte_2026", "lm_head", "lm_head_2026"
     TABLES = "value_embeds", "value_tables"
