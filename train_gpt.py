@@ -468,6 +468,7 @@ def edit_stages(stages, columns):
         near = (stages[i * len(stages) // count] for i in range(count))
         stages = [dataclasses.replace(stage, steps=steps) for stage in near]
         stages = rescale(stages, steps)
+        fail_if(len(stages) < count, f"{steps} updates are too few for {count} stages")
     for name, values in columns.items():
         if name == "steps" and len(values) == 1:
             continue
@@ -2003,16 +2004,15 @@ class GPT2026(GPT):
     def views_at(self, step):
         """Narrow layers' rotary follows their own, short window; wide layers' the long one."""
         c = self.config
-        short, long = ([], [])
-        for stage in c.stages[: c.stages.index(stage_at(step, c)[0]) + 1]:
-            short.append(stage.short_window)
-            long.append(stage.window)
-        last = FINAL_WINDOW if step == c.steps else long[-1]
-        kinds = {"narrow": (0.13, short, short[-1], False), "wide": (0.085, long, last, False)}
-        kinds["paired"] = (0.13, short, short[-1], True)
+        stage = stage_at(step, c)[0]
+        so_far = c.stages[: c.stages.index(stage) + 1]
+        short = tuple(dict.fromkeys(stage.short_window for stage in so_far))
+        long = tuple(dict.fromkeys(stage.window for stage in so_far))
+        last = FINAL_WINDOW if step == c.steps else stage.window
         return {
-            kind: (scale, tuple(dict.fromkeys(windows)), window, paired)
-            for kind, (scale, windows, window, paired) in kinds.items()
+            "narrow": (0.13, short, stage.short_window, False),
+            "wide": (0.085, long, last, False),
+            "paired": (0.13, short, stage.short_window, True),
         }
 
     def make_view(self, scale, windows, window, paired):

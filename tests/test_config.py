@@ -143,6 +143,7 @@ BAD = [  # what is added to the flags of a tiny run, and words that the answer m
     (f"{MODERN} --doc_mask", "--doc_mask does nothing in gpt2026"),
     (f"{MODERN} --beta1 0.5", "--beta1 does nothing"),
     (f"{MODERN} --normuon 0.5", "--normuon does nothing"),
+    ("--preset laptop --batch_tokens" + 200 * " 512", "too few for 200 stages"),
 ]
 
 
