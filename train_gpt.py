@@ -188,6 +188,7 @@ class Config:
     train_files: str = "data/fineweb10B/fineweb_train_*.bin"  # token shards, a glob
     val_files: str = "data/fineweb10B/fineweb_val_*.bin"  # token shards, a glob
     log_dir: str = "logs"  # the log is <log_dir>/<run_id>.txt
+    log_norms: int = 0  # updates between lines of norms, while the clock runs; 0: off, free
     micro_batch: int = 0  # rows per forward pass of a rank; 0: as many as fit
     rank_timeout: float = 600.0  # seconds that ranks wait for each other before they give up
     checkpoint_every: int = 0  # updates between checkpoints; 0: only at the end or when stopped
@@ -231,8 +232,9 @@ class Config:
 
 # Fields that may differ between two logs of one and the same run
 LOCAL_FIELDS = frozenset(
-    "train_files val_files log_dir micro_batch rank_timeout checkpoint_every checkpoint_keep "
-    "checkpoint_dir resume resume_anyway generate checkpoint generate_tokens temperature".split()
+    "train_files val_files log_dir log_norms micro_batch rank_timeout checkpoint_every "
+    "checkpoint_keep checkpoint_dir resume resume_anyway generate checkpoint generate_tokens "
+    "temperature".split()
 )
 POSITIVE = frozenset(
     "steps batch_tokens seq_len val_tokens epochs_allowed vocab_size n_layer n_head n_embd "
@@ -266,6 +268,8 @@ def check_config(c):
     check_model(c)
     early = c.compile and c.galore_per_layer  # compiled, the backward pass frees nothing early
     fail_if(early, "--galore_per_layer needs --no_compile: else it would save no memory")
+    early = c.log_norms and c.galore_per_layer
+    fail_if(early, "--log_norms does nothing with --galore_per_layer, which keeps no gradient")
     supar = bool(c.sparsity or c.mup_base_width)
     line = "SuPar has no rule for --matrix_optimizer anvil: use muon or adam"
     fail_if(supar and c.matrix_optimizer == "anvil", line)
@@ -3096,6 +3100,30 @@ def forward_backward(run, batch):
     return total
 
 
+@contextlib.contextmanager
+def norms_in_log(run, due):
+    """--log_norms: of gradient, update and weights, a line for each stack of parameters that this
+    update moves, named by the first. Not of the n-gram table."""
+    every, number = run.config.log_norms, run.step + 1
+    if not every or number % every or not run.clock:
+        yield
+        return
+    stacks = [optimizer for optimizer in due if isinstance(optimizer, Optimizer)]
+    for optimizer in stacks:
+        optimizer.finish()  # its gradients are on their way
+    gradients = [at_least_fp32(o.grads[o.own]).norm() for o in stacks]
+    before = [at_least_fp32(o.weights[o.own]).clone() for o in stacks]
+    yield
+    rows = []
+    for optimizer, gradient, old in zip(stacks, gradients, before, strict=True):
+        new = at_least_fp32(optimizer.weights[optimizer.own])
+        rows.append(torch.stack((gradient, (new - old).norm(), new.norm())))
+    norms = run.runtime.sum(torch.stack(rows).square()).sqrt().tolist()
+    for optimizer, (gradient, update, weights) in zip(stacks, norms, strict=True):
+        size = f"gradient:{gradient:.4e} update:{update:.4e} weights:{weights:.4e}"
+        run.log.line(f"norms:{number}/{run.config.steps} {optimizer.name} {size}")
+
+
 def step_optimizers(run):
     """One optimizer update. All collectives are under way before the first is waited for."""
     due = [optimizer for optimizer in run.optimizers if (run.step + 1) % optimizer.every == 0]
@@ -3105,9 +3133,12 @@ def step_optimizers(run):
     if tied and head.grad is not None:
         head.grad += wte.grad
         wte.grad = head.grad
-    for stage in ("reduce", "step", "finish"):
-        for optimizer in due:
-            getattr(optimizer, stage)()
+    for optimizer in due:
+        optimizer.reduce()
+    with norms_in_log(run, due):
+        for stage in ("step", "finish"):
+            for optimizer in due:
+                getattr(optimizer, stage)()
     if tied:  # by lm_head's rate
         wte.data.copy_(head.data)
 

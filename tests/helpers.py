@@ -147,6 +147,14 @@ class Outcome:
         """(step, train or val, loss) of every step line, as written."""
         return [(m[1], m[3], m[4]) for m in map(STEP.fullmatch, self.body) if m]
 
+    def norms(self) -> dict[tuple[str, str], list[float]]:
+        """{(step, first parameter): norms of gradient, update, weights} by --log_norms."""
+        rows = [line.split() for line in self.body if line.startswith("norms:")]
+        return {
+            (step[6:], name): [float(word.partition(":")[2]) for word in words]
+            for step, _, name, *words in rows
+        }
+
     def result(self) -> dict:
         return json.loads(self.body[-1])
 

@@ -63,6 +63,18 @@ def check_same(outcome, expected, weights):
         assert far <= (0.01 if name.startswith("ngrams") else 0), f"{name}: {far}"
 
 
+def test_norms_are_those_of_all_ranks(data, tmp_path):
+    few = dict(steps=4, momentum_warmup=4, log_norms=2)
+    few |= dict(zero_init=False)  # where first gradients are zero, rounding is all there is
+    line = argv(data, tmp_path / "two", **few)
+    two, _ = Ranks(tmp_path / "two", [line] * 2).wait()
+    one = run(argv(data, tmp_path / "one", **few))
+    assert one.code == two.code == 0, one.err + two.err
+    assert one.norms().keys() == two.norms().keys() and len(one.norms()) >= 8
+    for key, values in two.norms().items():
+        assert values == pytest.approx(one.norms()[key], rel=2e-3), key
+
+
 def keep_weights(rank):
     """In a rank, before main: leave the final weights beside the log."""
     result_of = train_gpt.result_of

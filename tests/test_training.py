@@ -412,6 +412,37 @@ def test_threads_that_fight_are_told_once(threads, seconds, speaks, place, monke
     assert len(said) == speaks and all(line in outcome.out for line in said)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(ngram=3, ngram_rows=50, value_embeds=True)])
+def test_norms_are_those_of_every_parameter(changes, place, plain, monkeypatch):
+    """Against a plain sum over parameters, each by itself."""
+    step_optimizers, expected = train_gpt.step_optimizers, {}
+
+    def norm(tensors):
+        return math.sqrt(sum(t.double().square().sum().item() for t in tensors))
+
+    def step(run):
+        stacks = {next(iter(o.named)): list(o.named.values()) for o in run.optimizers}
+        gradients = {name: norm(p.grad for p in ps) for name, ps in stacks.items() if run.clock}
+        before = {name: [p.detach().clone() for p in ps] for name, ps in stacks.items()}
+        step_optimizers(run)
+        for name in gradients:
+            pairs = zip(stacks[name], before[name], strict=True)
+            moved = norm(p.detach() - old for p, old in pairs)
+            norms = [gradients[name], moved, norm(p.detach() for p in stacks[name])]
+            if (run.step + 1) % 5 == 0:
+                expected[f"{run.step + 1}/12", name] = norms
+
+    monkeypatch.setattr(train_gpt, "step_optimizers", step)
+    outcome = run(place(log_norms=5, **changes))
+    assert outcome.code == 0, outcome.err
+    found = outcome.norms()
+    assert found.keys() == expected.keys() and len(found) >= 8
+    for key, values in found.items():
+        assert values == pytest.approx(expected[key], rel=1e-3), key
+    if not changes:
+        assert outcome.losses() == plain.losses() and not plain.norms()
+
+
 def test_nothing_is_overwritten(place, tmp_path):
     logs = []
     for _ in range(3):
