@@ -549,6 +549,7 @@ def training_command(out: Path, name: str, tokenizer: str) -> str:
     epochs = math.ceil(c.steps * batch / (train_rows // batch * batch))
     if epochs > c.epochs_allowed:
         words += ["--epochs_allowed", str(epochs)]
+        print(f"little text, seen {epochs} times: if val_loss rises again, give fewer --steps")
     if val_rows * c.val_len < c.val_tokens:
         words += ["--val_tokens", str(val_rows * c.val_len)]
     return shlex.join(words)
