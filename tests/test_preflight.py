@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,23 @@ def test_work_is_counted_from_what_was_launched():
     assert works["copies", "copy"].bytes == 100
     assert len(works) == 8
     assert reporting.spills_of(update) == {"triton_poi_fused_add_0": 8}
+
+
+def test_the_whole_run_of_a_script_that_exits(tmp_path):
+    import observe
+
+    script = str(tmp_path / "script.py")
+    Path(script).write_text(
+        "import sys\nfrom types import SimpleNamespace\n"
+        "def parse_config(flags, preset):\n    return SimpleNamespace(steps=len(flags))\n"
+        "def main():\n    sys.exit(0)\nif __name__ == '__main__':\n    main()\n"
+    )
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(script, run_name="__main__")
+    names = observe.names_at_exit(ended.value, script)
+    assert observe.whole_steps(names, ["--seed", "1", "--steps", "120", "--bf16"]) == 3
+    assert observe.whole_steps(names, ["--seed", "1"]) is None
+    assert observe.whole_steps({}, ["--steps", "1"]) is None
 
 
 def test_attention_is_what_block_masks_leave():

@@ -18,6 +18,7 @@ import re
 import runpy
 import sys
 import time
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -360,14 +361,28 @@ def pretend_peers():
 
 
 def whole_steps(names: dict, flags: list[str]) -> int | None:
-    """How many updates the script makes without the preflight's --steps; None: not known."""
+    """How many updates the script makes here without the preflight's --steps; None: not known."""
     if "parse_config" not in names or "--steps" not in flags:
         return None
+    import torch
+
     at = flags.index("--steps")
     try:
-        return names["parse_config"](flags[:at] + flags[at + 2 :], "gpt2_small").steps
+        config = names["parse_config"](flags[:at] + flags[at + 2 :], "gpt2_small")
+        if "resolve" in names:  # the n-gram table's rows, and so the updates, follow the memory
+            world_size = int(os.environ.get("WORLD_SIZE", 1))
+            runtime = names["Runtime"](torch.device("cuda", 0), 0, world_size)
+            config = names["resolve"](config, runtime)
+        return config.steps
     except (Exception, SystemExit):  # an edit may have another parser
         return None
+
+
+def names_at_exit(ended: SystemExit, script: str) -> dict:
+    """What the script had defined when it called sys.exit, as most do at their end."""
+    frames = [frame for frame, _ in traceback.walk_tb(ended.__traceback__)]
+    own = (frame.f_globals for frame in frames if frame.f_code.co_filename == script)
+    return next(own, {})
 
 
 def main():
@@ -381,8 +396,10 @@ def main():
     sys.argv = [script, *flags]
     sys.path[:2] = [os.path.dirname(script)]
     try:
-        names = runpy.run_path(script, run_name="__main__")
-        observer.steps = whole_steps(names, flags)
+        observer.steps = whole_steps(runpy.run_path(script, run_name="__main__"), flags)
+    except SystemExit as ended:
+        observer.steps = whole_steps(names_at_exit(ended, script), flags)
+        raise
     finally:
         observer.stop()
         Path(path).write_text(json.dumps(observer.report()))
