@@ -166,7 +166,8 @@ def hold(script: str, args) -> str:
     own, entries, flags = race.parse_args([*words, "--", *flags, "--val_every", "0"])
     held = race.prepare(own, entries, flags)
     if race.hold(held) or held.decided != "yes":
-        raise Refused(f"the race was not won: {held.decided}; its folder is {own.out}")
+        said = held.decided or "undecided"
+        raise Refused(f"the race was not won: {said}; its folder is {own.out}")
     return str(own.out)
 
 
