@@ -1,8 +1,9 @@
-"""Estimate what a run costs: python -m records cost [--utilisation 0.35] [-- FLAGS OF train_gpt.py]
+"""Estimate what a run costs: python -m records cost [--utilisation SHARE] [-- FLAGS OF train_gpt]
 
 Tokens of the run, times operations per token (flops_per_token of the model), over the cards' dense
-bf16 peak times an assumed utilisation: minutes. Nothing is measured. The assumption rests on the
-public record of 8 November 2024: 467.6 s for nov2024's tokens on 8 H100; its share is shown.
+bf16 peak times an assumed utilisation: minutes. Nothing is measured. For the model of 2024 it rests
+on the public record of 8 November 2024: 467.6 s for nov2024's tokens on 8 H100; its share is shown.
+For that of 2026 it is what preflight estimates on 8 H100 (records/ESTIMATE.md).
 
 A second table: what stays in a GPU's memory between updates, by the sizes of all tensors that the
 trainer would make. Computed, not measured; activations come on top. --relora and --galore, which
@@ -33,6 +34,7 @@ PUBLIC = (
     "public: 39.9 s on 8×H100 (record 92), 508.8 s (record 91) and 547.4 s (record 89) on one H100"
 )
 ANCHOR = "nov2024", "8×H100", 467.6  # seconds
+UTILISATION = {"gpt2024": 0.35, "gpt2026": 0.24}  # of the peak
 GPUS = 1, 8
 PRESETS = ("nov2024", "gpt2_small", "gpt2_medium", "gpt2_xl")
 
@@ -126,7 +128,7 @@ def table_lines() -> list[str]:
 def main(argv: list[str]) -> int:
     parser = Parser("cost", __doc__)
     share = number_in(float, 0.01, 1)
-    parser.add_argument("--utilisation", type=share, default=0.35, help="share of the peak [0.35]")
+    parser.add_argument("--utilisation", type=share, help="share of the peak")
     price = number_in(float, 0, 1000)
     parser.add_argument("--dollars_per_hour", type=price, help="of one card; adds the price")
     cut = argv.index("--") if "--" in argv else len(argv)
@@ -141,11 +143,13 @@ def main(argv: list[str]) -> int:
     heads = ["preset", "tokens", "FLOPs per token", "FLOPs", *(f"min, {card}" for card in CARDS)]
     emit(f"| {' | '.join(heads)} |\n|---{'|---:' * (len(heads) - 1)}|")
     for name, config in chosen.items():
-        emit(row(name, config, args.utilisation, args.dollars_per_hour))
+        assumed = args.utilisation or UTILISATION[config.model]
+        emit(row(name, config, assumed, args.dollars_per_hour))
     preset, cards, seconds = ANCHOR
     reached = operations_of(train_gpt.PRESETS[preset]) / seconds / CARDS[cards][0]
-    share = f"{args.utilisation:.0%} of the cards' bf16 peak is assumed"
-    emit(f"\nAn estimate: {share}. The public record of")
+    shares = {args.utilisation} if args.utilisation else UTILISATION.values()
+    share = " (gpt2_small: ".join(f"{share:.0%}" for share in shares) + ")" * (len(shares) - 1)
+    emit(f"\nAn estimate: {share} of the cards' bf16 peak is assumed. The public record of")
     emit(f"8 November 2024 reached {reached:.0%} ({seconds} s on {cards}); {PUBLIC}.")
     emit(f"gpt2_small's n-gram table: {'; '.join(table_lines())}. Steps for fewer rows are")
     emit("priced from the public ablation, not shown.\n")
