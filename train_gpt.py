@@ -986,7 +986,8 @@ class Batches:
 
 
 class Loader:
-    """Makes the batches of the coming updates on a thread of its own, a few ahead."""
+    """Makes the batches of the coming updates on a thread of its own, a few ahead. For a GPU: on a
+    CPU the thread takes from training more than it gives."""
 
     def __init__(self, make, steps):
         self.ready = queue.Queue(maxsize=3)
@@ -999,7 +1000,7 @@ class Loader:
             except Exception as error:
                 self.ready.put((None, error))
 
-    def next(self):
+    def __next__(self):
         """The next update's batch. Raises what went wrong on the thread."""
         batch, error = self.ready.get()
         if error:
@@ -3315,7 +3316,8 @@ def training_loop(run, batches, val, signals):
         rows = batches.batch_at(step, runtime.rank, runtime.world_size)
         return make_batch(run, rows, step, asked)
 
-    loader = Loader(make, range(run.step, c.steps))
+    steps = range(run.step, c.steps)
+    loader = Loader(make, steps) if runtime.on_gpu else map(make, steps)
     stop = save = False
     clock.switch(on=True)
     while True:
@@ -3328,7 +3330,7 @@ def training_loop(run, batches, val, signals):
             if last:
                 return val_loss
             clock.switch(on=True)
-        loss = forward_backward(run, loader.next())
+        loss = forward_backward(run, next(loader))
         step_optimizers(run)
         run.step += 1
         for method in run.methods:

@@ -251,3 +251,37 @@ def test_the_same_batches_again_after_a_restart(folder, monkeypatch):
     for batches_seen in runs:
         ours = zip(batches_seen, expected[-len(batches_seen) :], strict=True)
         assert all(np.array_equal(x, x2) and np.array_equal(y, y2) for (x, y), (x2, y2) in ours)
+
+
+def test_the_loader_makes_batches_in_order_and_raises_what_went_wrong():
+    def make(step):
+        if step == 12:
+            raise train_gpt.UserError("cut short during the run")
+        return 10 * step
+
+    loader = train_gpt.Loader(make, range(5, 20))
+    assert [next(loader) for _ in range(7)] == [10 * step for step in range(5, 12)]
+    with pytest.raises(train_gpt.UserError, match="cut short"):
+        next(loader)
+
+
+def test_a_run_with_the_loader_is_one_without(tmp_path, monkeypatch):
+    """A GPU has it, a CPU has not; here the CPU, too, and a shard that is cut short meanwhile."""
+    data = make_data(tmp_path)
+    plain = run(flags(data))
+
+    def on_a_thread(function, *values):
+        of_batches = getattr(function, "__name__", "") == "make"
+        return train_gpt.Loader(function, *values) if of_batches else map(function, *values)
+
+    monkeypatch.setattr(train_gpt, "map", on_a_thread, raising=False)
+    assert run(flags(data)).losses() == plain.losses()
+    read, calls = train_gpt.Shards.read, []
+
+    def fails(self, row):
+        calls.append(row)
+        train_gpt.fail_if(len(calls) > 40, "a shard, cut short during the run")
+        return read(self, row)
+
+    monkeypatch.setattr(train_gpt.Shards, "read", fails)
+    check_refused(run(flags(data)), "a shard, cut short during the run")
