@@ -1285,6 +1285,9 @@ def head_matmul(a, b, a_max, b_max, dtype=torch.float8_e4m3fn):
     return a @ b if a_max is None else matmul_float8(a, b, a_max, b_max, dtype)
 
 
+AT_ONCE = 8192  # tokens whose logits are in memory together: 0.8 GB of them in bfloat16
+
+
 class HeadLoss(torch.autograd.Function):
     """Sum of the weighted cross-entropies of the capped logits of x Wᵀ. The gradients are made
     along with the loss, a part of the tokens at a time: logits are read once and never kept."""
@@ -1299,7 +1302,7 @@ class HeadLoss(torch.autograd.Function):
         if fp8:
             largest = x.abs().amax(), w.abs().amax().clamp(min=1e-12), shares.sum()
             x_max, w_max, g_max = (number.float() for number in largest)
-        for part, goal in zip(x.split(16384), goals.split(16384), strict=True):
+        for part, goal in zip(x.split(AT_ONCE), goals.split(AT_ONCE), strict=True):
             logits, slope, bounded = cap(at_least_fp32(head_matmul(part, w.T, x_max, w_max)))
             # the exponentials of bounded logits need no maximum taken off first
             lse = logits.exp().sum(1, True).log() if bounded else logits.logsumexp(1, True)
@@ -1441,7 +1444,7 @@ class GPT(nn.Module):
         count = targets.size(0) * targets.size(1)
         if not self.training:
             total = 0.0
-            for part, goal in zip(x.split(16384, 1), targets.split(16384, 1), strict=True):
+            for part, goal in zip(x.split(AT_ONCE, 1), targets.split(AT_ONCE, 1), strict=True):
                 logits = self.logits(part).flatten(0, 1)
                 total = total + F.cross_entropy(logits, goal.flatten(), reduction="sum")
             return total / count
@@ -3152,8 +3155,11 @@ def set_stage(run):
 
 
 def random_rows(run, rows, seq_len):
-    shape = (rows, seq_len + 1)
-    return torch.randint(run.config.vocab_size, shape, generator=seeded("warm-up")).numpy()
+    """[rows, seq_len + 1], of so few tokens that a sampled softmax has them all, as it has a real
+    text's: else the warm-up would meet the full one."""
+    c, shape = run.config, (rows, seq_len + 1)
+    some = min(c.vocab_size, candidates_at(run.step, c) or c.vocab_size)
+    return torch.randint(some, shape, generator=seeded("warm-up")).numpy()
 
 
 def free(run):

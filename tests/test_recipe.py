@@ -349,6 +349,19 @@ def test_candidates_hold_every_target_and_sweep_the_vocabulary():
     assert len(sets.draw(targets, 320, 2, 4)) == 320
 
 
+def test_the_warm_up_meets_the_sampled_softmax():
+    """With as many classes as a row has targets, evenly drawn tokens would be too many."""
+    stages = (dataclasses.replace(STAGES[0], candidates=(20,)), *STAGES[1:])
+    c = dataclasses.replace(TINY, stages=stages)
+    run = train_gpt.Run(c, CPU, make(c), [])
+    run.micro[1, T] = 1
+    rows = train_gpt.random_rows(run, 1, T)
+    (part,) = train_gpt.make_batch(run, rows, 0, []).parts
+    assert len(part["classes"]) == 20
+    run.step = c.steps - 1
+    assert train_gpt.random_rows(run, 1, T).max() > 20
+
+
 def test_sampled_targets_number_the_candidates():
     stages = (dataclasses.replace(STAGES[0], candidates=(100,)), *STAGES[1:])
     model = make(dataclasses.replace(TINY, stages=stages))
