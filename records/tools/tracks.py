@@ -21,6 +21,7 @@ LOCAL_FLAGS = {
     "checkpoint_dir",
     "checkpoint_every",
     "checkpoint_keep",
+    "log_norms",
 }
 # Config fields of that kind, with those of runs that do not train and of resumed ones.
 RUN_LOCAL = LOCAL_FLAGS | {
