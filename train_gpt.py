@@ -822,8 +822,10 @@ def resolve(c, runtime):
 def with_table(c, runtime):
     """The n-gram table as large as memory allows; in the preset's plan the updates that make up
     for missing rows."""
-    memory = runtime.memory * runtime.world_size
-    fitting = [rows for rows in TABLE_ROWS if table_bytes(rows, c) <= 0.44 * memory]
+    # about 12 GiB a card go to weights, moments and a row's activations, recomputed; of what is
+    # left the table's waiting gradients and headroom need as much as its rows
+    memory = max(0, runtime.memory - 12 * 2**30) * runtime.world_size
+    fitting = [rows for rows in TABLE_ROWS if table_bytes(rows, c) <= 0.46 * memory]
     rows = c.table_rows or max(fitting, default=min(TABLE_ROWS))
     stages = list(c.stages)
     if c.stages == PRESETS[c.preset].stages:
