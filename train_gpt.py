@@ -3480,7 +3480,7 @@ def train(c, runtime, argv):
     cuda = runtime.device.type == "cuda"
     if cuda:  # what fits now must still fit later
         limit = torch.cuda.get_per_process_memory_fraction()
-        torch.cuda.set_per_process_memory_fraction(0.85 * limit)
+        torch.cuda.set_per_process_memory_fraction(0.9 * limit)
     micro, val_len, recompute = warm_up(c, runtime, log)
     if cuda:
         torch.cuda.set_per_process_memory_fraction(limit)
