@@ -1837,9 +1837,9 @@ def copy_candidates(x, classes, mark):
     B, T = x.shape
     factor = 0x9E3779B97F4A7C15
     inverse = pow(factor, -1, 2**64)
-    up, down = (
-        np.cumprod(np.r_[np.uint64(1), np.full(T - 1, f, np.uint64)]) for f in (factor, inverse)
-    )
+    ones = np.ones(1, np.uint64)
+    up = np.cumprod(np.r_[ones, np.full(T - 1, factor, np.uint64)])
+    down = np.cumprod(np.r_[ones, np.full(T - 1, inverse, np.uint64)])
     place = np.arange(T)
     candidates, buckets = np.zeros_like(x), np.zeros_like(x)
     for row in range(B):
@@ -1936,11 +1936,14 @@ class GPT2026(GPT):
         self.blocks = nn.ModuleList(Block2026(c, layer) for layer in LAYERS)
         # numbers of the gate blocks, by role and layer: how many, ten times the first value
         H, grow = c.n_head, 10 * 1.1**0.5
-        early = {("xsa", 1): (H, 0.0), ("xsa", 3): (H, 0.0), ("heads", 3): (H, 2.5)}
-        early |= {("x0", i): (1, 0.0) for i in (0, 1, 2)} | {("grams", 0): (1, 0.5)}
-        early |= {("grams", 1): (1, 0.5)}
-        late = {("heads", 10): (H, 2.5)} | {("x0", i): (1, 0.0) for i in (4, 5, 7)}
-        late |= {("grams", i): (1, 0.5) for i in (4, 5, 9)} | {("skip", 6): (1, 5.0)}
+
+        def gates(role, layers, count, start):
+            return {(role, i): (count, start) for i in layers}
+
+        early = gates("xsa", (1, 3), H, 0.0) | gates("heads", (3,), H, 2.5)
+        early |= gates("x0", (0, 1, 2), 1, 0.0) | gates("grams", (0, 1), 1, 0.5)
+        late = gates("heads", (10,), H, 2.5) | gates("x0", (4, 5, 7), 1, 0.0)
+        late |= gates("grams", (4, 5, 9), 1, 0.5) | gates("skip", (6,), 1, 5.0)
         self.early_gates = Mix(c, early, "gates_2026")
         self.late_gates = Mix(c, late, "gates_2026")
         self.gate_scale = parameter(0.1, "gates_2026_bias")
@@ -2720,6 +2723,8 @@ class Log:
         """The live line: rewritten in place on a terminal, every ten seconds elsewhere."""
         if time.monotonic() - self.shown > (0.2 if self.live else 10):
             self.shown = time.monotonic()
+            if self.live:  # a line that wraps cannot be rewritten
+                text = text[: shutil.get_terminal_size().columns - 1]
             self.show(text, end="" if self.live else "\n")
 
 
@@ -3174,12 +3179,17 @@ def free(run):
 
 
 def misfit(run, work):
-    """What the allocator of some rank says of this work, "" where it fits on all."""
+    """What the allocator of some rank says of this work, "" where it fits on all. Raises UserError
+    where a kernel fits at no size, as attention with wide heads on a small card."""
     line = ""
     try:
         work()
     except torch.OutOfMemoryError as error:
         line = str(error).partition(" If reserved")[0]
+    except Exception as error:
+        line = "a kernel needs more shared memory than this card has: narrower heads, --n_head"
+        fail_if("out of resource" in str(error), f"{line} {2 * run.config.n_head}")
+        raise
     if run.runtime.device.type == "cuda":
         gc.collect()  # only here has the error let go of its tensors
         torch.cuda.empty_cache()

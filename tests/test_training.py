@@ -1,6 +1,7 @@
 """Whole runs on tiny shards, in this process: the loss, the log, the clock, faults, signals."""
 
 import gc
+import itertools
 import json
 import math
 import os
@@ -533,6 +534,31 @@ def test_a_resumed_run_saves_when_it_is_stopped(place, plain, tmp_path):
     assert names == ["step_000005.pt", "step_000007.pt"]
     again = run(place(resume="latest"))
     assert again.losses() == plain.losses() and same(again.weights, plain.weights)
+
+
+def test_the_live_line_fits_the_terminal(place, monkeypatch):
+    size = os.terminal_size((30, 24))
+    monkeypatch.setattr(train_gpt.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(train_gpt.time, "monotonic", itertools.count().__next__)
+    started = train_gpt.Log.__init__
+
+    def on_a_terminal(log, *given):
+        started(log, *given)
+        log.live = True
+
+    monkeypatch.setattr(train_gpt.Log, "__init__", on_a_terminal)
+    shown = re.findall(r"\r\x1b\[K(\d+/12 .*?)(?=[\r\n])", run(place()).out)
+    assert len(shown) == 12 and all("s left" in line and len(line) < 30 for line in shown)
+
+
+def test_a_kernel_that_fits_at_no_size_is_one_line(place, monkeypatch):
+    def refused(*given):
+        raise RuntimeError(
+            "out of resource: shared memory, Required: 180224, Hardware limit: 101376"
+        )
+
+    monkeypatch.setattr(train_gpt, "forward_backward", refused)
+    check_refused(run(place()), "shared memory", "--n_head")
 
 
 def test_a_terminal_that_goes_away_ends_nothing(place, plain, monkeypatch):
