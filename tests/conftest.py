@@ -1,5 +1,6 @@
 """What every test gets: the repository root on sys.path, one torch thread, and the markers."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -17,6 +18,9 @@ MARKERS = {
 
 
 def pytest_configure(config):
+    # started by nohup or behind &, these are ignored, and tests of them would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
 
