@@ -1327,6 +1327,35 @@ class HeadLoss(torch.autograd.Function):
         return (grad * dx).to(dx.dtype), grad * dw, None, None, None, None
 
 
+class CandidateSets:
+    """Classes of the sampled softmax: all targets of a row and others, from a sweep over the
+    vocabulary that goes on where the row of that number stopped. The loss is not corrected for
+    what is left out (S:CandidateBuilder of record 92)."""
+
+    def __init__(self, vocab):
+        self.vocab, self.places = vocab, {}  # {row: where its sweep stands}
+
+    def draw(self, targets, count, row, rows):
+        """`count` classes, ascending; None if the targets alone are more."""
+        wanted = np.zeros(self.vocab, bool)
+        wanted[targets] = True
+        need = count - int(wanted.sum())
+        if need < 0:
+            return None
+        place = self.places.get(row, self.vocab * row // rows)
+        if need:
+            drawn = min(self.vocab, int(need * 1.7) + 256)
+            sweep = 20011 * (place + np.arange(drawn)) % self.vocab
+            sweep = sweep[~wanted[sweep]]
+            if len(sweep) < need:
+                free = np.flatnonzero(~wanted)
+                sweep = free[:: max(1, len(free) // need)]
+            wanted[sweep[:need]] = True
+            place = (place + drawn) % self.vocab
+        self.places[row] = place
+        return np.flatnonzero(wanted)
+
+
 class GPT(nn.Module):
     """What both models share: the two ends. Tokens [B, T] to logits [B, T, padded_vocab] in fp32;
     with targets [B, T], to the mean cross-entropy in nats. A subclass says what stands between
@@ -1336,11 +1365,12 @@ class GPT(nn.Module):
     rows_at_once = None  # a limit of the rows in a micro-batch
     end_groups = "wte", "lm_head"
     can_recompute = False  # layers in the backward pass, to save memory
-    merge = None  # plan_merge for the n-gram table, where a cycle ends
 
     def __init__(self, c):
         super().__init__()
         self.config, self.stage = c, None
+        self.table = None  # gpt2026's NGramTable
+        self.candidates = CandidateSets(c.padded_vocab)
         self.output_scale = self.score_scale = 1.0  # muP's
         self.recompute = False  # of the instance, also in warm-up: the compiler guards where it is
         tied, (wte, head) = tied_at(0, c), self.end_groups
@@ -1399,30 +1429,6 @@ class GPT(nn.Module):
         if device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(device, non_blocking=True)
-
-    # What only a model with an n-gram table and sampled softmax needs
-    def allocate(self, runtime):
-        """Make what no Parameter is, on its device."""
-
-    def collect(self):
-        """After the backward pass: take the gradients that no parameter has."""
-
-    def forget(self):
-        """Drop them, after a backward pass that failed."""
-
-    def cycle_bytes(self, tokens, step):
-        """Of such gradients, that wait until their cycle ends."""
-        return 0
-
-    def sweeps(self):
-        """State of the candidate sets."""
-        return {}
-
-    def start_sweeps(self, places): ...
-
-    def tensors(self):
-        """Large ones that are no parameters."""
-        return []
 
     def hidden(self, tokens, **inputs):
         """Normed [B, T, D], of which lm_head makes logits."""
@@ -1740,21 +1746,24 @@ def ngram_hashes(x, rows):
 class Lookup:
     """How ranks get the rows of a batch. places: [2, B, T], where each n-gram's row stands among
     the distinct ones; signs: [2, B, T]; asked: rows of this rank that anyone wants, counted from
-    its first; sends, receives: how many rows go to each rank, and come from it."""
+    its first; sends, receives: how many rows go to each rank, and come from it; merge: plan_merge
+    of the cycle that ends with it."""
 
     places: np.ndarray
     signs: np.ndarray
     asked: np.ndarray
     sends: list
     receives: list
+    merge: list | None = None
 
 
 class NGramTable(nn.Module):
     """Rows of hashed bigrams and trigrams [table_rows, D], zero at first. A row is multiplied by
     random signs of the n-gram, which tell apart what shares it.
 
-    No Parameter: each rank holds one range of rows, and no gradient has the table's size. Lookups
-    are planned on the CPU, so that the device is never waited for."""
+    No Parameter: each rank holds one range of rows, and no gradient has the table's size. A batch's
+    rows are planned on the CPU, ahead of the device, and looked up before the forward pass; the
+    backward pass leaves their gradients here, until merged() sums those of a cycle for RowAdam."""
 
     def __init__(self, c):
         super().__init__()
@@ -1762,17 +1771,17 @@ class NGramTable(nn.Module):
         self.classes = class_table(c) if c.token_classes else None
         signs = torch.empty(SIGN_ROWS, c.n_embd, dtype=c.dtype)
         self.register_buffer("signs", signs, persistent=False)
-        self.rows = None  # this rank's
-        self.open = None  # (Lookup, places, signs, result) whose gradient is on its way
-        self.gradients = []  # (asked, [asked, D]) of the present cycle
+        self.gradients, self.merge = [], None  # [asked, D] each, of the present cycle
 
     def init(self, generator):
         self.signs.copy_(2 * torch.randint(2, self.signs.shape, generator=generator) - 1)
 
     def allocate(self, runtime):
+        """This rank's rows, and of each the mean square of its gradients."""
         c, self.rank, self.world_size = self.config, runtime.rank, runtime.world_size
         self.share = -(-c.table_rows // self.world_size)
         self.rows = torch.zeros(self.share, c.n_embd, dtype=c.dtype, device=runtime.device)
+        self.squares = torch.zeros(self.share, device=runtime.device)
 
     def plan(self, tokens, group=None):
         """The Lookup of tokens [B, T]. With several ranks a collective on the CPU in this group."""
@@ -1793,6 +1802,24 @@ class NGramTable(nn.Module):
         asked = asked.numpy() - self.share * self.rank
         return Lookup(places, signs, asked, sends, receives)
 
+    @staticmethod
+    def plan_merge(asked, at_once=2**17):
+        """How the gradients of a cycle are summed by row: for each part of the distinct rows,
+        (rows, [(their places among each gradient's rows, where these go in the part)]). asked: of
+        each gradient, its rows."""
+        orders = [np.argsort(rows, kind="stable") for rows in asked]
+        ranked = [rows[order] for rows, order in zip(asked, orders, strict=True)]
+        distinct = np.unique(np.concatenate(asked))
+        parts = []
+        for rows in np.split(distinct, range(at_once, len(distinct), at_once)):
+            places = []
+            for order, found in zip(orders, ranked, strict=True):
+                low = np.searchsorted(found, rows[0])
+                high = np.searchsorted(found, rows[-1], side="right")
+                places.append((order[low:high], np.searchsorted(rows, found[low:high])))
+            parts.append((rows, places))
+        return parts
+
     def look_up(self, lookup, to_device):
         """The sum of a token's bigram and trigram, [B, T, D]."""
         places, signs = to_device(lookup.places), to_device(lookup.signs)
@@ -1800,21 +1827,20 @@ class NGramTable(nn.Module):
             rows = self.exchange(self.rows[to_device(lookup.asked)], lookup, back=False)
             found = sum(rows[p] * self.signs[s] for p, s in zip(places, signs, strict=True))
         if self.training and torch.is_grad_enabled():
-            self.open = lookup, places, signs, found.requires_grad_()
+            collect = functools.partial(self.collect, lookup, places, signs)
+            found.requires_grad_().register_post_accumulate_grad_hook(collect)
         return found
 
     @torch.no_grad()
-    def collect(self):
-        """Send the gradient of the last look_up, summed by row, to the rows' ranks."""
-        lookup, places, signs, found = self.open
+    def collect(self, lookup, places, signs, found):
+        """Send the gradient of what was found, summed by row, to the rows' ranks."""
         g, dtype = found.grad, torch.promote_types(found.dtype, torch.float32)
         total = g.new_zeros(sum(lookup.receives), g.size(-1), dtype=dtype)
         for place, sign in zip(places, signs, strict=True):
             values = (g * self.signs[sign]).flatten(0, 1)
             total.index_add_(0, place.flatten(), values.to(dtype))
-        total = self.exchange(total.to(g.dtype), lookup, back=True)
-        self.gradients.append((lookup.asked, total))
-        self.open = None
+        self.gradients.append(self.exchange(total.to(g.dtype), lookup, back=True))
+        self.merge = lookup.merge
 
     def exchange(self, rows, lookup, back):
         """Rows from their ranks to those that want them; back: the other way."""
@@ -1825,6 +1851,42 @@ class NGramTable(nn.Module):
         out = rows.new_empty(sum(come), rows.size(1))
         dist.all_to_all_single(out, rows, come, to)
         return out
+
+    def merged(self, to_device):
+        """(rows, sum of the cycle's gradients for them), in parts; no row is in two."""
+        for rows, places in self.merge or ():
+            dtype = torch.promote_types(self.rows.dtype, torch.float32)
+            g = self.rows.new_zeros(len(rows), self.rows.size(1), dtype=dtype)
+            for values, (entries, targets) in zip(self.gradients, places, strict=True):
+                values = values[to_device(entries)].to(dtype)
+                g.index_add_(0, to_device(targets), values)
+            yield to_device(rows), g
+        self.forget()
+
+    def forget(self):
+        """Drop the gradients of the present cycle."""
+        self.gradients, self.merge = [], None
+
+    def cycle_bytes(self, tokens, step):
+        """Of a rank's gradients that wait until their cycle ends."""
+        c = self.config
+        return 2 * tokens * gradient_cycle(step, c) * c.n_embd * c.dtype.itemsize
+
+    def state(self):
+        """Of this rank's rows those that ever moved."""
+        (rows,) = self.squares.nonzero(as_tuple=True)
+        moved = {"rows": rows + self.share * self.rank, "values": self.rows[rows]}
+        moved["squares"] = self.squares[rows]
+        return {name: tensor.cpu() for name, tensor in moved.items()}
+
+    def load_state(self, state):
+        """Those of a rank's state() that are this rank's, whatever the number of ranks was."""
+        rows = state["rows"] - self.share * self.rank
+        own = (rows >= 0) & (rows < self.share)
+        device = self.squares.device
+        rows = rows[own].to(device)
+        self.rows[rows] = state["values"][own].to(device)
+        self.squares[rows] = state["squares"][own].to(device)
 
 
 COPY_LENGTHS = 1, 2, 3, 4, 6, 8, 12, 16, 24, 32
@@ -1881,35 +1943,6 @@ class CopyInput(nn.Module):
         return self.gates[0] * vector, self.gates[1] * vector
 
 
-class CandidateSets:
-    """Classes of the sampled softmax: all targets of a row and others, from a sweep over the
-    vocabulary that goes on where the row of that number stopped. The loss is not corrected for
-    what is left out (S:CandidateBuilder of record 92)."""
-
-    def __init__(self, vocab):
-        self.vocab, self.places = vocab, {}  # {row: where its sweep stands}
-
-    def draw(self, targets, count, row, rows):
-        """`count` classes, ascending; None if the targets alone are more."""
-        wanted = np.zeros(self.vocab, bool)
-        wanted[targets] = True
-        need = count - int(wanted.sum())
-        if need < 0:
-            return None
-        place = self.places.get(row, self.vocab * row // rows)
-        if need:
-            drawn = min(self.vocab, int(need * 1.7) + 256)
-            sweep = 20011 * (place + np.arange(drawn)) % self.vocab
-            sweep = sweep[~wanted[sweep]]
-            if len(sweep) < need:
-                free = np.flatnonzero(~wanted)
-                sweep = free[:: max(1, len(free) // need)]
-            wanted[sweep[:need]] = True
-            place = (place + drawn) % self.vocab
-        self.places[row] = place
-        return np.flatnonzero(wanted)
-
-
 class GPT2026(GPT):
     """The model of record 92 (28 September 2026): LAYERS at any width."""
 
@@ -1922,10 +1955,9 @@ class GPT2026(GPT):
 
     def __init__(self, c):
         super().__init__(c)
-        self.ngrams = NGramTable(c)
+        self.table = NGramTable(c)
         predicts_prefix = any(any(stage.prefix) for stage in c.stages)
         self.prefixes = prefix_table(c) if predicts_prefix else None
-        self.candidates = CandidateSets(c.padded_vocab)
         self.copy_input = CopyInput(c) if c.copy_input else None
         self.value_embeds = nn.ModuleList(
             Embedding(c.padded_vocab, c.n_embd, 0.01, c.dtype, "value_tables") for _ in range(4)
@@ -1959,7 +1991,7 @@ class GPT2026(GPT):
 
     # ------------------------------------------------------------ what a batch needs
     def prepare(self, tokens, group=None, training=False):
-        c, arrays = self.config, {"tokens": tokens, "grams": self.ngrams.plan(tokens, group)}
+        c, arrays = self.config, {"tokens": tokens, "grams": self.table.plan(tokens, group)}
         starts = tokens == c.vocab_size - 1
         if training:
             place = np.arange(tokens.shape[1])
@@ -1967,7 +1999,7 @@ class GPT2026(GPT):
             starts = (place - begin) % self.SEGMENT == 0
         arrays["docs"] = starts.cumsum(1)
         if c.copy_input:
-            classes = self.ngrams.classes
+            classes = self.table.classes
             classes = np.arange(c.padded_vocab) if classes is None else classes
             found = copy_candidates(tokens, classes, c.vocab_size - 1)
             arrays["copied"], arrays["buckets"] = found
@@ -1989,29 +2021,7 @@ class GPT2026(GPT):
 
     def load(self, arrays):
         plain = {name: array for name, array in arrays.items() if name != "grams"}
-        return super().load(plain) | {"grams": self.ngrams.look_up(arrays["grams"], self.to_device)}
-
-    def allocate(self, runtime):
-        self.ngrams.allocate(runtime)
-
-    def collect(self):
-        self.ngrams.collect()
-
-    def forget(self):
-        self.ngrams.open, self.ngrams.gradients = None, []
-
-    def cycle_bytes(self, tokens, step):
-        c = self.config
-        return 2 * tokens * gradient_cycle(step, c) * c.n_embd * c.dtype.itemsize
-
-    def sweeps(self):
-        return dict(self.candidates.places)
-
-    def start_sweeps(self, places):
-        self.candidates.places = dict(places)
-
-    def tensors(self):
-        return [self.ngrams.rows]
+        return super().load(plain) | {"grams": self.table.look_up(arrays["grams"], self.to_device)}
 
     # --------------------------------------------------------------- forms of a stage
     def views_at(self, step):
@@ -2501,36 +2511,17 @@ GROUPS = {
 }
 
 
-def plan_merge(asked, at_once=2**17):
-    """How the gradients of a cycle are summed by row: for each part of the distinct rows, (rows,
-    [(their places among each gradient's rows, where these go in the part)]). asked: of each
-    gradient, its rows."""
-    orders = [np.argsort(rows, kind="stable") for rows in asked]
-    ranked = [rows[order] for rows, order in zip(asked, orders, strict=True)]
-    distinct = np.unique(np.concatenate(asked))
-    parts = []
-    for rows in np.split(distinct, range(at_once, len(distinct), at_once)):
-        places = []
-        for order, found in zip(orders, ranked, strict=True):
-            low = np.searchsorted(found, rows[0])
-            high = np.searchsorted(found, rows[-1], side="right")
-            places.append((order[low:high], np.searchsorted(rows, found[low:high])))
-        parts.append((rows, places))
-    return parts
-
-
 class RowAdam:
     """Adam for NGramTable: no momentum, one second moment per row, only rows with a gradient move
-    (T:adam_update of record 92). To the loop it is an Optimizer; its collectives are NGramTable's,
-    at the lookups."""
+    (T:adam_update of record 92). To the loop it is an Optimizer, but NGramTable holds what it
+    changes, and has summed the gradients over ranks."""
 
     name, named, bank, trains_matrices = "RowAdam", {}, "ngram_table", False
     set_stage = Optimizer.set_stage
 
     def __init__(self, model, run):
-        self.model, self.table, self.config = model, model.ngrams, run.config
+        self.to_device, self.table, self.config = model.to_device, model.table, run.config
         self.group, self.steps = GROUPS["ngram_table"], 0
-        self.squares = torch.zeros(len(self.table.rows), device=self.table.rows.device)
         self.set_stage(0)
 
     def reduce(self): ...
@@ -2540,23 +2531,16 @@ class RowAdam:
     @torch.no_grad()
     def step(self):
         self.steps += 1
-        table, gradients, beta2 = self.table, self.table.gradients, self.betas[1]
+        table, beta2 = self.table, self.betas[1]
         scale = self.rate * (1 - beta2**self.steps) ** 0.5
         shrink = self.rate**2 * self.decay
-        self.squares.mul_(beta2)
-        for rows, places in self.model.merge or ():
-            rows = self.model.to_device(rows)
+        table.squares.mul_(beta2)
+        for rows, g in table.merged(self.to_device):
             old = table.rows[rows]
-            dtype = torch.promote_types(old.dtype, torch.float32)
-            g = torch.zeros_like(old, dtype=dtype)
-            for (_, values), (entries, targets) in zip(gradients, places, strict=True):
-                values = values[self.model.to_device(entries)].to(dtype)
-                g.index_add_(0, self.model.to_device(targets), values)
-            square = self.squares[rows] + (1 - beta2) * g.square().mean(1)
-            self.squares[rows] = square
+            square = table.squares[rows] + (1 - beta2) * g.square().mean(1)
+            table.squares[rows] = square
             u = scale * g / (square.sqrt() + self.group.eps)[:, None]
             table.rows[rows] = (old - u - (u * old > 0) * shrink * old).to(old.dtype)
-        table.gradients, self.model.merge = [], None
 
     def gather_state(self):
         return {"steps": self.steps}
@@ -2564,28 +2548,11 @@ class RowAdam:
     def load_state(self, whole):
         self.steps = whole["steps"]
 
-    def table_state(self):
-        """Of this rank's rows those that ever moved."""
-        (rows,) = self.squares.nonzero(as_tuple=True)
-        first = self.table.share * self.table.rank
-        values = {"rows": rows + first, "values": self.table.rows[rows]}
-        values["squares"] = self.squares[rows]
-        return {name: tensor.cpu() for name, tensor in values.items()}
-
-    def load_table(self, state):
-        """Those of a table_state that are this rank's."""
-        rows = state["rows"] - self.table.share * self.table.rank
-        own = (rows >= 0) & (rows < len(self.squares))
-        device = self.squares.device
-        rows = rows[own].to(device)
-        self.table.rows[rows] = state["values"][own].to(device)
-        self.squares[rows] = state["squares"][own].to(device)
-
     def state_bytes(self):
-        return self.squares.nbytes
+        return self.table.squares.nbytes
 
     def tensors(self):
-        return [self.squares]
+        return [self.table.rows, self.table.squares]
 
 
 def make_optimizers(run):
@@ -2602,7 +2569,7 @@ def make_optimizers(run):
     for group, named in groups.items():
         rule = Adagrad if GROUPS[group].rule == "adagrad" else Adam
         optimizers.append(rule(named, GROUPS[group], (), run))
-    if isinstance(run.model, GPT2026):
+    if run.model.table is not None:
         optimizers.append(RowAdam(run.model, run))
     return optimizers + stack_matrices(matrices, run)
 
@@ -2777,12 +2744,6 @@ class Run:
             optimizer.load_state(state["optimizers"][optimizer.name])
         torch.set_rng_state(state["rng"])
 
-    @property
-    def row_adam(self):
-        """The n-gram table's optimizer, if the run has one."""
-        found = (o for o in self.optimizers if isinstance(o, RowAdam))
-        return next(found, None)
-
 
 class HashingWriter:
     """A file that takes the sha256 of what goes into it."""
@@ -2838,19 +2799,19 @@ def identity(c, data):
 def save_checkpoint(run):
     """<folder>/step_<n>.pt; a rank's rows of an n-gram table go into step_<n>.table<rank>.pt, all
     before that. A collective."""
-    c, log, runtime, row_adam = run.config, run.log, run.runtime, run.row_adam
+    c, log, runtime, table = run.config, run.log, run.runtime, run.model.table
     path = run.folder / f"step_{run.step:06d}.pt"
     state = run.state() | dict(
         train_seconds=run.clock.ms / 1000,
         config=dataclasses.asdict(c),
         identity=identity(c, run.data),
-        tables=runtime.world_size if row_adam else 0,
+        tables=runtime.world_size if table else 0,
         log=[line for line in log.lines if line.startswith(("step:", "resumed:"))],
     )
     error = None
     try:
-        if row_adam:
-            write_file(path.with_suffix(f".table{runtime.rank}.pt"), row_adam.table_state())
+        if table:
+            write_file(path.with_suffix(f".table{runtime.rank}.pt"), table.state())
     except OSError as failed:
         error = str(failed)
     error = next(filter(None, runtime.gather(error)), None)
@@ -2867,7 +2828,7 @@ def save_checkpoint(run):
         except OSError as failed:
             log.line(f"checkpoint: {path} not written ({failed})", echo=True)
     written = runtime.gather(path.exists())[0]
-    if row_adam and not written:  # rows without their model
+    if table and not written:  # rows without their model
         path.with_suffix(f".table{runtime.rank}.pt").unlink(missing_ok=True)
 
 
@@ -2889,11 +2850,9 @@ def read_checkpoint(path):
 
 
 def read_table(run, path, state):
-    """Into the run's own rows of its n-gram table, whatever the number of ranks was. Raises
-    UserError where a file is missing."""
-    if run.row_adam:
-        for rank in range(state["tables"]):
-            run.row_adam.load_table(read_file(Path(path).with_suffix(f".table{rank}.pt")))
+    """The files of the n-gram table's ranks. Raises UserError where one is missing."""
+    for rank in range(state["tables"]):
+        run.model.table.load_state(read_file(Path(path).with_suffix(f".table{rank}.pt")))
 
 
 def find_checkpoint(wanted, folder):
@@ -3012,7 +2971,8 @@ def build(c, runtime):
     for method in run.methods:
         method.attach(run.model)
     run.model.to(runtime.device)
-    run.model.allocate(runtime)
+    if run.model.table:
+        run.model.table.allocate(runtime)
     run.val_len = c.val_len
     return run
 
@@ -3023,8 +2983,6 @@ def load_model(path, device="cpu"):
     with explain_errors(f"{path} does not fit this train_gpt.py"):
         c = dataclasses.replace(config_of(state["config"]), compile=False)
         run = build(c, Runtime(torch.device(device)))
-        if state["tables"]:
-            run.optimizers = [RowAdam(run.model, run)]
         run.load_state(state)
         read_table(run, path, state)
         run.model.set_stage(run.step)
@@ -3067,12 +3025,10 @@ class Stopped(Exception):
 @dataclasses.dataclass
 class Batch:
     """A rank's share of an update, made on the CPU. parts: what the model needs, by micro-batch;
-    tokens: in all of them; merge: plan_merge of a cycle that ends here; sweeps: as this batch
-    leaves them."""
+    tokens: in all of them; sweeps: as this batch leaves them."""
 
     parts: list
     tokens: int
-    merge: list | None
     sweeps: dict
 
 
@@ -3088,11 +3044,10 @@ def make_batch(run, rows, step, asked):
         parts.append(arrays | model.prepare_targets(part[:, 1:], step, number, total))
         if "grams" in arrays:
             asked.append(arrays["grams"].asked)
-    merge = None
     if asked and (step + 1) % gradient_cycle(step, run.config) == 0:
-        merge = plan_merge(asked)
+        arrays["grams"].merge = model.table.plan_merge(asked)
         asked.clear()
-    return Batch(parts, rows[:, 1:].size, merge, model.sweeps())
+    return Batch(parts, rows[:, 1:].size, dict(model.candidates.places))
 
 
 def forward_backward(run, batch):
@@ -3105,9 +3060,8 @@ def forward_backward(run, batch):
     for arrays in batch.parts:
         loss = forward(run, model.load(arrays)) / shares
         (size * loss).backward()
-        model.collect()
         total = total + loss.detach()
-    model.merge, run.sweeps = batch.merge, batch.sweeps
+    run.sweeps = batch.sweeps
     return total
 
 
@@ -3171,8 +3125,8 @@ def random_rows(run, rows, seq_len):
 
 def free(run):
     """The memory of a run, whatever the compiler still holds of it."""
-    for owner in (run.model, *run.optimizers):
-        for tensor in owner.tensors():
+    for optimizer in run.optimizers:
+        for tensor in optimizer.tensors():
             tensor.untyped_storage().resize_(0)
     for p in run.model.parameters():
         p.grad = None
@@ -3203,14 +3157,15 @@ def fit_micro_batch(run, rows, seq_len):
     micro = c.micro_batch or largest_divisor(rows, max(1, 65536 // seq_len))
     micro = min(micro, model.rows_at_once or micro)
     fail_if(rows % micro, f"--micro_batch {micro} does not divide the {rows} rows of a rank")
-    later = model.cycle_bytes(rows * seq_len, run.step)  # of gradients that wait
+    later = model.table.cycle_bytes(rows * seq_len, run.step) if model.table else 0
     while True:
         parted = c.galore_per_layer and micro < rows
         fail_if(parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower the batch")
         few, asked = min(rows, 2 * micro), []  # the second one meets memory in pieces
         run.micro[few, seq_len] = micro
         batch = make_batch(run, random_rows(run, few, seq_len), run.step, asked)
-        batch.merge = plan_merge(asked) if asked else batch.merge
+        if asked:
+            batch.parts[-1]["grams"].merge = model.table.plan_merge(asked)
 
         def work(batch=batch):
             waiting = torch.empty(later, dtype=torch.uint8, device=run.runtime.device)
@@ -3222,7 +3177,8 @@ def fit_micro_batch(run, rows, seq_len):
         if not line:
             run.micro[rows, seq_len] = micro
             return
-        model.forget()
+        if model.table:
+            model.table.forget()
         if micro == 1:
             stuck = not model.can_recompute or model.recompute
             fail_if(stuck, f"not even one row of {seq_len} fits into the GPU's memory: {line}")
@@ -3328,7 +3284,7 @@ class Signals:
 def training_loop(run, batches, val, signals):
     """From run.step to the end. Returns the last validation loss. Raises Stopped."""
     c, clock, asked, runtime = run.config, run.clock, [], run.runtime
-    run.model.start_sweeps(run.sweeps)
+    run.model.candidates.places = dict(run.sweeps)
 
     def make(step):
         rows = batches.batch_at(step, runtime.rank, runtime.world_size)

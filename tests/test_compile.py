@@ -41,7 +41,8 @@ FORMS |= {name: pytest.param(flags, marks=pytest.mark.slow) for name, flags in O
 def model_of(flags: str):
     config = train_gpt.parse_config([*flags.split(), *SMALL.split()], "laptop")
     model = train_gpt.MODELS[config.model](dataclasses.replace(config, compile=True))
-    model.allocate(CPU)
+    if model.table:
+        model.table.allocate(CPU)
     return model
 
 

@@ -42,7 +42,7 @@ TINY = dataclasses.replace(
 
 def make(config=TINY) -> train_gpt.GPT2026:
     model = train_gpt.GPT2026(config)
-    model.allocate(CPU)
+    model.table.allocate(CPU)
     return model.eval()
 
 
@@ -50,7 +50,7 @@ def lively(config=TINY) -> train_gpt.GPT2026:
     """None of its weights is zero, so that every path shows."""
     model, generator = make(config), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in (*model.parameters(), model.ngrams.rows):
+        for p in (*model.parameters(), model.table.rows):
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
     return model
 
@@ -113,7 +113,7 @@ def without_what_crosses_borders(model):
     """By design, the smear, the key offset and the n-grams see across a document's start."""
     with torch.no_grad():
         model.smear.zero_()
-        model.ngrams.rows.zero_()
+        model.table.rows.zero_()
     for block in model.blocks:
         if block.attn is not None:
             block.attn.key_offset = False
@@ -227,7 +227,7 @@ def test_what_starts_at_zero_changes_nothing():
         for module in plain.modules():  # what ends in zeros lets nothing through
             if isinstance(module, train_gpt.MLP):
                 assert not module.down.weight.any()
-        assert not plain.ngrams.rows.any() and plain.smear == 0
+        assert not plain.table.rows.any() and plain.smear == 0
         before = plain(tokens)
         lists = [b.mlps for b in plain.blocks]
         for p in [m.up.weight for mlps in lists for m in mlps] + [plain.smear_gate.weight]:
@@ -250,7 +250,7 @@ def test_every_parameter_is_read():
     unread = {name for name, p in run.model.named_parameters() if p.grad is None}
     # layer 7 has no MLP, layer 10 takes its numbers from a mix: the record keeps these two, too
     assert unread == {"blocks.7.post", "blocks.10.residual", "blocks.10.post"}
-    assert len(run.model.ngrams.gradients) == 2, "one of each micro-batch"
+    assert len(run.model.table.gradients) == 2, "one of each micro-batch"
 
 
 # ---------------------------------------------------------------------------------------- losses
@@ -400,9 +400,9 @@ def test_hashes_by_hand():
 
 
 def test_the_table_is_a_dense_embedding():
-    """plan, look_up, collect and merge give the values and gradients of autograd."""
+    """plan, look_up and merged give the values and gradients of autograd."""
     run = run_of()
-    model, table = run.model.train(), run.model.ngrams
+    model, table = run.model.train(), run.model.table
     table.rows.normal_(generator=torch.Generator().manual_seed(9))
     dense, asked = table.rows.clone().requires_grad_(), []
     for seed in (1, 2, 3):
@@ -415,25 +415,22 @@ def test_the_table_is_a_dense_embedding():
         weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(seed))
         (found * weight).sum().backward()
         (expected * weight).sum().backward()
-        table.collect()
         asked.append(lookup.asked)
-    merged = torch.zeros_like(dense)
-    parts = train_gpt.plan_merge(asked, at_once=7)
-    assert len(parts) > 1 and all(len(rows) <= 7 for rows, _ in parts)
-    for rows, places in parts:
-        for (_, values), (entries, targets) in zip(table.gradients, places, strict=True):
-            merged[rows] = merged[rows].index_add(
-                0, torch.from_numpy(targets), values[torch.from_numpy(entries)]
-            )
+    merged, named = torch.zeros_like(dense), []
+    table.merge = table.plan_merge(asked, at_once=7)
+    for rows, g in table.merged(torch.as_tensor):
+        merged[rows] = g
+        named += rows.tolist()
+        assert 0 < len(rows) <= 7
+    assert len(named) > 7 and not table.gradients and table.merge is None
     torch.testing.assert_close(merged, dense.grad)
-    named = np.unique(np.concatenate([rows for rows, _ in parts]))
-    assert named.tolist() == dense.grad.any(1).nonzero().flatten().tolist()
+    assert named == dense.grad.any(1).nonzero().flatten().tolist()
 
 
 def test_row_adam_by_hand():
     """No momentum, a second moment per row; cautious decay; rows without a gradient stay."""
     run = run_of()
-    table, adam = run.model.ngrams, run.row_adam
+    table, adam = run.model.table, next(o for o in run.optimizers if o.name == "RowAdam")
     generator = torch.Generator().manual_seed(10)
     table.rows.normal_(generator=generator)
     rows, square = table.rows.clone(), torch.zeros(600)
@@ -444,8 +441,7 @@ def test_row_adam_by_hand():
         rate = 0.56 * train_gpt.lr_at(step, TINY)
         asked = [np.array([4, 9, 300]), np.array([9, 599])]
         gradients = [torch.randn(len(names), 48, generator=generator) for names in asked]
-        table.gradients = list(zip(asked, gradients, strict=True))
-        run.model.merge = train_gpt.plan_merge(asked)
+        table.gradients, table.merge = gradients, table.plan_merge(asked)
         adam.step()
         g = torch.zeros(600, 48)
         for names, values in zip(asked, gradients, strict=True):
@@ -457,8 +453,8 @@ def test_row_adam_by_hand():
         new = rows - u - (u * rows > 0) * rate * rate * decay * rows
         rows = torch.where(moved[:, None], new, rows)
         torch.testing.assert_close(table.rows, rows)
-        torch.testing.assert_close(adam.squares, square)
-        assert not table.gradients and run.model.merge is None
+        torch.testing.assert_close(table.squares, square)
+        assert not table.gradients and table.merge is None
     assert moved.nonzero().flatten().tolist() == [4, 9, 300, 599]
 
 
@@ -580,7 +576,7 @@ def test_wte_and_lm_head_are_one_until_they_part():
 def test_adam_steps_at_every_second_update_tables_later_at_every_fourth():
     run, asked, seen = run_of(), [], []
     model = run.model
-    watched = [model.value_embeds[0].weight, model.ngrams.rows, model.skip]
+    watched = [model.value_embeds[0].weight, model.table.rows, model.skip]
     watched.append(model.blocks[0].attn.q.weight)
     assert train_gpt.rare_from(TINY) == 4
     for step in range(12):

@@ -172,14 +172,14 @@ def start(c):
         for p in run.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=generator))
         run.model.wte.weight.copy_(run.model.lm_head.weight)
-        rows = run.model.ngrams.rows
+        rows = run.model.table.rows
         rows.add_(0.02 * torch.randn(rows.shape, generator=generator))
     twin = record92.GPT92(twin_recipe(c))
     ours = by_twin_name(dict(run.model.named_parameters()), c)
     with torch.no_grad():
         for name, p in twin.named_parameters():
             p.copy_(rows if name == "ngrams.weight" else ours[name])
-        twin.ngrams.signs.copy_(run.model.ngrams.signs)
+        twin.ngrams.signs.copy_(run.model.table.signs)
     trainer = record92.Trainer(twin.config, twin, torch.from_numpy(prefixes()), ROWS)
     return run, trainer
 
@@ -258,7 +258,7 @@ def test_a_whole_run_equals_the_twin(double):
         ours = by_twin_name({n: p.detach() for n, p in run.model.named_parameters()}, c)
         for name, p in twin.model.named_parameters():
             if name == "ngrams.weight":
-                note("n-gram rows", difference(run.model.ngrams.rows, p.detach()))
+                note("n-gram rows", difference(run.model.table.rows, p.detach()))
             elif step < STEPS - 1:
                 note("weight", difference(ours[name], p.detach()))
     twin.tail.ship()

@@ -77,7 +77,8 @@ def build(config, methods=None) -> tg.Run:
     run = tg.Run(config, ALONE, tg.MODELS[config.model](config), chosen)
     for method in run.methods:
         method.attach(run.model)
-    run.model.allocate(ALONE)
+    if run.model.table:
+        run.model.table.allocate(ALONE)
     run.val_len = config.val_len
     run.optimizers = tg.make_optimizers(run)
     for stage in config.stages:

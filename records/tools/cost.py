@@ -90,7 +90,8 @@ def bytes_of(c, gpus: int) -> tuple[int, int, int]:
     c = dataclasses.replace(c, table_rows=c.table_rows or 8)
     with torch.device("meta"):
         run = train_gpt.Run(c, runtime, shape_of(c), train_gpt.make_methods(c))
-        run.model.allocate(runtime)
+        if run.model.table:
+            run.model.table.allocate(runtime)
         optimizers = train_gpt.make_optimizers(run)
         optimizers = [o for o in optimizers if not isinstance(o, train_gpt.RowAdam)]
         for optimizer in optimizers:
