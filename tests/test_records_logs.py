@@ -52,6 +52,8 @@ def our_log(
         **dict(config),
     )
     steps = config["steps"]
+    if "stages" in config:  # since 28 November 2026
+        del config["steps"], config["batch_tokens"]
     head = dict(
         dict(
             run_id=f"2026-11-20_12-00-00_{seed:06x}",

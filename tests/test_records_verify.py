@@ -13,6 +13,7 @@ import sys
 import pytest
 from test_records_logs import LINE, NEW, PUBLIC, SOURCE, STEPS, our_log, public, write
 
+import train_gpt
 from records.tools import checks, folders, verify
 from records.tools.tracks import FINEWEB_VAL, TRACKS
 
@@ -308,6 +309,26 @@ def test_schedules_are_lists(tmp_path):
     assert only(logs_in(tmp_path, **changes)).ok
     changes["result"]["tokens"] -= 1
     assert said(only(logs_in(tmp_path, **changes)), "tokens and the schedule")
+
+
+def test_schedules_are_stages(tmp_path):
+    """As train_gpt.py writes them: its log has neither steps nor batch_tokens of the whole run."""
+    stages = train_gpt.edit_stages(
+        train_gpt.PRESETS["laptop"].stages, dict(steps=[15, 25], batch_tokens=[1024, 3072])
+    )
+    tokens = 15 * 1024 + 25 * 3072
+    changes = dict(
+        config=dict(stages=list(map(dataclasses.asdict, stages))), result=dict(tokens=tokens)
+    )
+    assert only(logs_in(tmp_path, **changes)).ok
+    changes["result"]["tokens"] -= 1
+    assert said(only(logs_in(tmp_path, **changes)), "tokens and the schedule")
+    changes["result"]["tokens"] += 1
+    changes["config"]["stages"][0]["steps"] -= 1
+    assert said(only(logs_in(tmp_path, **changes)), "steps of header and result do not agree")
+    for bad in ("x", [1], [{}], [dict(steps="a", batch_tokens=1)], [None]):
+        changes["config"]["stages"] = bad
+        assert not only(logs_in(tmp_path, **changes)).ok
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,7 @@ def check_result(run: Run) -> list[str]:
         ("config of header and result", digest(config), digest(result.get("config")), 0),
     ]
     said = header | {"world_size": number_of(header.get("world_size"))} | config
+    said["steps"] = run.config_steps
     known = set(said) & set(result) - {"config", "data_sha256"}
     for key in sorted(known | {"run_id", "source_sha256", "device", "world_size", "seed", "steps"}):
         facts.append((f"{key} of header and result", said.get(key), result.get(key), 0))

@@ -118,16 +118,33 @@ class Run:
     def seed(self):
         return (self.config or {}).get("seed")
 
+    @property
+    def plan(self) -> list[tuple[float, float]] | None:
+        """(updates, tokens of each) by stage; None where the config has no such stages, as until
+        November 2026."""
+        stages = (self.config or {}).get("stages")
+        rows = stages if isinstance(stages, list) else []
+        rows = [row if isinstance(row, dict) else {} for row in rows]
+        plan = [(number(row.get("steps")), number(row.get("batch_tokens"))) for row in rows]
+        return plan if plan and all(None not in row for row in plan) else None
+
+    @property
+    def config_steps(self) -> float | None:
+        """Updates that the config asks for."""
+        if self.plan:
+            return sum(steps for steps, _ in self.plan)
+        return (self.config or {}).get("steps")
+
     def tokens(self, step: int) -> float | None:
         """Tokens trained on in the first `step` steps, by the config's batch_tokens: a number, or a
         list with one for each equal stage of the run, and a last one for its extension, if it has
         any (until November 2026); or by its stages. None where the log does not say."""
-        config = self.config or {}
-        if config.get("stages"):
+        config, plan = self.config or {}, self.plan
+        if plan:
             done, left = 0, step
-            for stage in config["stages"]:
-                here = min(left, stage["steps"])
-                done, left = done + here * stage["batch_tokens"], left - here
+            for steps, batch_tokens in plan:
+                here = min(left, steps)
+                done, left = done + here * batch_tokens, left - here
             return done
         stages = config.get("batch_tokens")
         stages = stages if isinstance(stages, list) else [stages]
