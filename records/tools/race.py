@@ -97,6 +97,16 @@ def parse_entry(given: str) -> Entry:
     return Entry(shlex.join([path, *flags]), script, tuple(flags), script.read_bytes())
 
 
+def public_name(entry: Entry) -> str:
+    """An entry's name for race.json, which others read: within this repository, or its last part,
+    so that no folder of a home is published."""
+    path, *flags = shlex.split(entry.name)
+    full = Path(path).resolve()
+    inside = full.is_relative_to(texts.ROOT)
+    short = str(full.relative_to(texts.ROOT)) if inside else full.name
+    return shlex.join([short, *flags])
+
+
 # --------------------------------------------------------------------------------------- one run
 def race_flags(flags, seed: int, steps: int | None = None) -> list[str]:
     """What a run of a race and of a judging is started with: it keeps its final model."""
@@ -130,7 +140,7 @@ class Race:
         self.lost = 0  # rounds in a row
         self.decided = None
         self.race = {
-            **{who: entry.name for who, entry in entries.items()},
+            **{who: public_name(entry) for who, entry in entries.items()},
             "flags": shlex.join(flags),
             "source_sha256": {who: entry.sha256 for who, entry in entries.items()},
             "runs_planned": args.runs,
