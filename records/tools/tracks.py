@@ -78,6 +78,9 @@ SETTLED_LAPTOP = {
     "2026-11-21_09_lr_floor": "6f9417782b3263ff63d6770df9c764ab367fc895671aa2f5c8a04977210ec284",
     "2026-11-21_10_normuon": "90e13e2cfb7bd4f9b7e203c5a2669198a388b7510c71ba0eb0e660796823b799",
     "2026-11-21_11_key_offset": "a81376fa09a022e3225a340b66ceea47fe701740174caf871d502c369c4cded6",
+    "2026-11-28_12_fewer_passes": (
+        "501c1e7cca5e3f173c8ff906ab72f9869b68a1a5e98724e858bf4dabad23e1c8"
+    ),
 }
 
 TRACKS = {
