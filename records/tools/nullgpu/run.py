@@ -133,6 +133,7 @@ class Run:
             finally:
                 if process.poll() is None:
                     stop(process)
+                shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # GiB of zeros
 
     def refuse_misuse(self):
         """Raises BadInput for what the script calls a mistake, or what this machine lacks."""
