@@ -138,6 +138,7 @@ class Config:
     zero_init: bool = True  # lm_head, o and down start at zero
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     bf16: bool = True  # activations and tables in bfloat16, other weights cast at use
+    bf16_weights: bool = False  # hidden matrices in bfloat16, and once in fp32, over all ranks
     fp8_head: bool = False  # lm_head's matmuls in training in float8; no card has shown it yet
     doc_mask: bool = False  # tokens attend within their own document only
     ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
@@ -273,6 +274,10 @@ def check_config(c):
     supar = bool(c.sparsity or c.mup_base_width)
     line = "SuPar has no rule for --matrix_optimizer anvil: use muon or adam"
     fail_if(supar and c.matrix_optimizer == "anvil", line)
+    written = c.relora or (c.lawa and c.lawa_mode == "replace")
+    fail_if(
+        c.bf16_weights and written, "--bf16_weights: --relora and --lawa_mode replace need fp32"
+    )
     odd = any(size % 16 for size in (c.n_embd, *(stage.seq_len for stage in c.stages)))
     fail_if(c.fp8_head and odd, "--fp8_head needs --n_embd and --seq_len in multiples of 16")
     methods = [c.relora, c.galore, supar]
@@ -2254,7 +2259,8 @@ class Group:
 
 class Optimizer:
     """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass
-    says what the update is.
+    says what the update is. With --bf16_weights (October 2025) a matrix is kept in bfloat16, which
+    halves what ranks send, and each rank has its own rows in fp32, too.
 
     named: {name: parameter}; they become views into `weights`, [rows, *row_shape], padded to divide
     over ranks; `grads`, laid out alike, is there from reduce() to step(). row_shape: () where any
@@ -2282,8 +2288,16 @@ class Optimizer:
         first = self.share * run.runtime.rank if self.sharded else 0
         self.own = slice(first, first + self.share)
         self.weights = self.stack(parts)
+        if run.config.bf16_weights and self.trains_matrices:
+            self.state["master"] = self.weights[self.own].clone()
+            self.weights = self.weights.bfloat16()
         for p, weight in zip(named.values(), self.unstack(self.weights), strict=True):
             p.data = weight.view_as(p)
+
+    @property
+    def own_weights(self):
+        """This rank's rows, as they are trained."""
+        return self.state.get("master", self.weights[self.own])
 
     def set_stage(self, step):
         """Make ready for update `step` of the run, 0-based."""
@@ -2324,17 +2338,19 @@ class Optimizer:
         """Update this rank's rows, then start to gather everyone's."""
         self.finish()
         self.steps += 1
-        gradient = self.method.project(self, self.grads[self.own])
+        gradient = self.method.project(self, at_least_fp32(self.grads[self.own]))
         update = self.method.lift(self, self.direction(gradient))
         rates = torch.as_tensor(self.rate * self.row_scale)
         decay = torch.tensor(self.rate * self.decay) if self.decay else None
         apply = compiled(subtract, self.config.compile)
-        apply(self.weights[self.own], update, rates, decay, self.decay_signs())
+        apply(self.own_weights, update, rates, decay, self.decay_signs())
         self.grads = None
         self.gather()
 
     def gather(self):
         """Start to bring every rank's rows to all ranks."""
+        if "master" in self.state:
+            self.weights[self.own] = self.own_weights.bfloat16()
         if self.shards > 1:
             self.work = all_gather(self.weights, self.weights[self.own], async_op=True)
 
@@ -3077,11 +3093,11 @@ def norms_in_log(run, due):
     for optimizer in stacks:
         optimizer.finish()  # its gradients are on their way
     gradients = [at_least_fp32(o.grads[o.own]).norm() for o in stacks]
-    before = [at_least_fp32(o.weights[o.own]).clone() for o in stacks]
+    before = [at_least_fp32(o.own_weights).clone() for o in stacks]
     yield
     rows = []
     for optimizer, gradient, old in zip(stacks, gradients, before, strict=True):
-        new = at_least_fp32(optimizer.weights[optimizer.own])
+        new = at_least_fp32(optimizer.own_weights)
         rows.append(torch.stack((gradient, (new - old).norm(), new.norm())))
     norms = run.runtime.sum(torch.stack(rows).square()).sqrt().tolist()
     for optimizer, (gradient, update, weights) in zip(stacks, norms, strict=True):
@@ -3786,7 +3802,7 @@ class TailAverage(Method):
     def after_step(self, step, run):
         for optimizer in run.optimizers:
             for name, rate in self.rates(optimizer.bank, step - 1).items():
-                own, key = at_least_fp32(optimizer.weights[optimizer.own]), f"tail_{name}"
+                own, key = at_least_fp32(optimizer.own_weights), f"tail_{name}"
                 if key not in optimizer.state:
                     optimizer.state[key] = own.clone()
                 optimizer.state[key].lerp_(own, rate)
@@ -3797,7 +3813,7 @@ class TailAverage(Method):
         averaged = [o for o in run.optimizers if o.bank in self.ENDS + self.TABLES + self.MATRICES]
         before = self.squares(averaged, run)
         for optimizer in averaged:
-            own = optimizer.weights[optimizer.own]
+            own = optimizer.own_weights
             for name in ("ends", "short", "long"):
                 if f"tail_{name}" in optimizer.state:
                     share = self.SHARES.get(name) or self.SHARES[optimizer.bank]
@@ -3807,7 +3823,7 @@ class TailAverage(Method):
         for optimizer in averaged:
             if optimizer.bank not in self.TABLES:
                 ratio = before[optimizer.bank] / after[optimizer.bank]
-                optimizer.weights[optimizer.own].mul_(ratio.sqrt())
+                optimizer.own_weights.mul_(ratio.sqrt())
             optimizer.gather()
         for optimizer in averaged:
             optimizer.finish()
@@ -3816,7 +3832,7 @@ class TailAverage(Method):
         """{kind: sum of squares of all its weights}."""
         sums = {}
         for optimizer in optimizers:
-            square = at_least_fp32(optimizer.weights[optimizer.own]).square().sum()
+            square = at_least_fp32(optimizer.own_weights).square().sum()
             sums[optimizer.bank] = sums.get(optimizer.bank, 0.0) + square
         return {bank: run.runtime.sum(total.clone()) for bank, total in sums.items()}
 

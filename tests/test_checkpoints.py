@@ -37,6 +37,7 @@ RECIPE = dict(  # record 92, small: candidate sweeps, table cycles, untying, tai
 RESUMED = {
     "muon": {},
     "adam, bf16": dict(matrix_optimizer="adam", bf16=True),
+    "bf16 weights": dict(bf16_weights=True),
     "tied, ngrams": dict(untie_head=False, ngram=3, ngram_rows=99, normuon=0.9),
 } | EVERY_METHOD
 

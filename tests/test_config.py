@@ -105,6 +105,8 @@ BAD = [  # what is added to the flags of a tiny run, and words that the answer m
     ("--galore 8 --sparsity 0.5", "exclude each other"),
     ("--relora 8 --mup_base_width 16", "exclude each other"),
     ("--galore 8 --galore_per_layer --compile", "--galore_per_layer", "--no_compile"),
+    ("--bf16_weights --relora 4", "--bf16_weights", "fp32"),
+    ("--bf16_weights --lawa 3 --lawa_mode replace", "--bf16_weights", "fp32"),
     ("--galore 8 --galore_per_layer --log_norms 2", "--log_norms", "--galore_per_layer"),
     ("--galore 8 --galore_per_layer --micro_batch 2", "--galore_per_layer", "lower the batch"),
     ("--generate hello", "no checkpoint", "train first"),

@@ -125,6 +125,7 @@ TOGETHER = {name: EVERY_METHOD[name] for name in ("galore, 8 bit", "relora, lawa
     "per layer": EVERY_METHOD["galore, per layer"],
     "stages": STAGES,
     "tied": dict(untie_head=False),
+    "bf16 weights": dict(bf16_weights=True),
 }
 
 

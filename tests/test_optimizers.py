@@ -59,6 +59,34 @@ def one_step(optimizer):
     optimizer.finish()
 
 
+# ------------------------------------------------------------------------------ weights in bfloat16
+@pytest.mark.parametrize("rule", ["muon", "anvil", "adam"])
+def test_bf16_weights_are_rounded_masters(rule):
+    """Updates far below bfloat16's steps add up; only hidden matrices are rounded."""
+    changes = dict(matrix_optimizer=rule, lr_muon=1e-5, lr_adam=1e-5, zero_init=False)
+    exact, rounded = built(**changes), built(**changes, bf16_weights=True)
+    before = {name: p.detach().clone() for name, p in exact.model.named_parameters()}
+    for step in range(6):
+        for run in (exact, rounded):
+            train_gpt.set_stage(run)
+            for number, p in enumerate(run.model.parameters()):
+                seed = 100 * step + number
+                p.grad = rand(p.numel(), seed=seed).bfloat16().to(p.dtype).view_as(p)
+            for optimizer in run.optimizers:
+                one_step(optimizer)
+            run.step += 1
+    for ours, theirs in zip(rounded.optimizers, exact.optimizers, strict=True):
+        assert ours.name == theirs.name and ours.own_weights.dtype == torch.float32
+        kept = torch.bfloat16 if ours.trains_matrices else torch.float32
+        assert {p.dtype for p in ours.named.values()} == {kept} == {ours.weights.dtype}
+        torch.testing.assert_close(ours.own_weights, theirs.own_weights, rtol=0, atol=1e-7)
+        assert torch.equal(ours.weights[ours.own], ours.own_weights.to(kept))
+        if ours.trains_matrices:
+            begun = torch.stack([before[name] for name in ours.named])
+            moved = (ours.own_weights.view_as(begun) - begun).abs().max()
+            assert 0 < moved < 2e-4, "less than a step of bfloat16"
+
+
 # ----------------------------------------------------------------------------------- Newton-Schulz
 @pytest.mark.parametrize("shape", [(4, 24, 24), (3, 24, 96), (3, 96, 24)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
