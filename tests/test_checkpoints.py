@@ -23,6 +23,7 @@ RECIPE = dict(  # record 92, small: candidate sweeps, table cycles, untying, tai
     n_layer=None,
     n_embd=48,
     table_rows=300,
+    bf16_weights=True,
     batch_tokens=(128, 256, 256, 256, 128),
     seq_len=(16, 32, 32, 32, 16),
     max_document=(9, 20, 20, 20, 20),

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import time
+import types
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
@@ -230,7 +231,8 @@ def test_the_clock_counts_training_alone(place, monkeypatch):
 
         monkeypatch.setattr(train_gpt, name, slow)
 
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: now[0])
+    clock = types.SimpleNamespace(**vars(time) | dict(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_gpt, "time", clock)
     for name, cost in (seconds | dict(warm_up=10000, make_optimizers=500)).items():
         slowed(name, cost)
     outcome = run(place(checkpoint_every=4))
@@ -537,9 +539,13 @@ def test_a_resumed_run_saves_when_it_is_stopped(place, plain, tmp_path):
 
 
 def test_the_live_line_fits_the_terminal(place, monkeypatch):
-    size = os.terminal_size((30, 24))
-    monkeypatch.setattr(train_gpt.shutil, "get_terminal_size", lambda: size)
-    monkeypatch.setattr(train_gpt.time, "monotonic", itertools.count().__next__)
+    size = os.terminal_size((30, 24))  # of the trainer alone: pytest has a terminal of its own
+    narrow = types.SimpleNamespace(**vars(shutil) | dict(get_terminal_size=lambda: size))
+    monkeypatch.setattr(train_gpt, "shutil", narrow)
+    seconds = itertools.count().__next__
+    monkeypatch.setattr(
+        train_gpt, "time", types.SimpleNamespace(**vars(time) | dict(monotonic=seconds))
+    )
     started = train_gpt.Log.__init__
 
     def on_a_terminal(log, *given):
