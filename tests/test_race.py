@@ -427,7 +427,9 @@ def test_not_faster(trainer, told, flags, faster):
 
 
 def test_a_failed_run_is_tried_again_and_a_lost_round_is_left_out(trainer, told, capsys):
-    code, found = run(trainer, f"{trainer} --fail 1", "--runs", 3, "--looks", 1)
+    code, found = run(
+        f"{trainer} --step 0.3", f"{trainer} --step 0.3 --fail 1", "--runs", 3, "--looks", 1
+    )
     assert code == 0 and found["seeds"] == [0, 2] and len(found["failures"]) == 2
     assert found["failures"][0]["run"] == "round001_candidate"
     assert "planted failure" in found["failures"][0]["why"]
