@@ -355,8 +355,8 @@ RECORD_92 = (
         extension=True,
     ),
 )
-# Rows of the n-gram table, and the updates that make up for those that are missing. Priced from
-# the public ablation (three sizes, two runs each): never shown.
+# Rows of the n-gram table, and the updates that make up for those that are missing, added to the
+# longest stage. Priced from the public ablation (three sizes, two runs each): never shown.
 TABLE_ROWS = {
     84_602_880: 0,
     42_301_440: 12,
@@ -366,7 +366,6 @@ TABLE_ROWS = {
     2_115_072: 107,
     377_280: 180,
 }
-LONGEST_STAGE = 2  # these updates go into it
 FINAL_WINDOW = 2560  # of the long layers in the last validation
 
 PRESETS = {
@@ -837,9 +836,9 @@ def with_table(c, runtime):
         known = sorted(TABLE_ROWS.items())
         sizes, updates = (np.array(column, dtype=float) for column in zip(*known, strict=True))
         more = np.interp(math.log(rows), np.log(sizes), updates)
-        longest = stages[LONGEST_STAGE]
+        longest = max(stages, key=lambda stage: stage.steps)
         steps = longest.steps + round(float(more))
-        stages[LONGEST_STAGE] = dataclasses.replace(longest, steps=steps)
+        stages[stages.index(longest)] = dataclasses.replace(longest, steps=steps)
     return dataclasses.replace(c, table_rows=rows, stages=tuple(stages))
 
 
@@ -2083,7 +2082,8 @@ class GPT2026(GPT):
             if i == 4:
                 s["gates"] |= self.scaled_gates(self.late_gates, x)
             run = functools.partial(recompute, self.layer, use_reentrant=False)
-            x = run(i, x, s) if self.recompute else self.layer(i, x, s)
+            again = self.training and self.recompute  # in this order: validation asks no further
+            x = run(i, x, s) if again else self.layer(i, x, s)
             if i == 3:
                 s["c3"] = x
             if i == 7:
@@ -2190,6 +2190,9 @@ class Method:
 
     def attach(self, model):
         """After init, before optimizers and compile."""
+
+    def allocate(self, run):
+        """Once optimizers are there, before activations: take the memory that comes late."""
 
     def project(self, optimizer, g):
         """Gradient rows, on their rank, before the update."""
@@ -2715,8 +2718,8 @@ class Log:
 @dataclasses.dataclass
 class Run:
     """A run: its settings, and all that training changes. step: updates done; micro: {(rows of a
-    rank, tokens of each): rows of its micro-batch}; sweeps: of the candidate sets; data: {file:
-    sha256}."""
+    rank, tokens of each): rows of its micro-batch}; recomputed: tokens of rows whose layers run
+    again in the backward pass; sweeps: of the candidate sets; data: {file: sha256}."""
 
     config: Config
     runtime: Runtime
@@ -2724,6 +2727,7 @@ class Run:
     methods: list
     optimizers: list = dataclasses.field(default_factory=list)
     micro: dict = dataclasses.field(default_factory=dict)
+    recomputed: set = dataclasses.field(default_factory=set)
     val_len: int = 0  # tokens per row of validation, as many as fit
     clock: Clock | None = None
     log: Log | None = None
@@ -3127,6 +3131,7 @@ def step_optimizers(run):
 def set_stage(run):
     """Make ready for update number run.step, 0-based."""
     run.model.set_stage(run.step)
+    run.model.recompute = stage_at(run.step, run.config)[0].seq_len in run.recomputed
     for optimizer in run.optimizers:
         optimizer.set_stage(run.step)
 
@@ -3167,29 +3172,29 @@ def misfit(run, work):
 
 
 def fit_micro_batch(run, rows, seq_len):
-    """Set run.micro[rows, seq_len]: --micro_batch, or all rows that the model takes at once, halved
-    while they do not fit into the memory; last, a model that can recomputes its layers."""
+    """Set run.micro[rows, seq_len]: what it is, --micro_batch, or all rows that the model takes at
+    once; halved while they do not fit into the memory. Last, a model that can recomputes its
+    layers."""
     c, model = run.config, run.model
     micro = c.micro_batch or largest_divisor(rows, max(1, 65536 // seq_len))
-    micro = min(micro, model.rows_at_once or micro)
+    micro = run.micro.get((rows, seq_len)) or min(micro, model.rows_at_once or micro)
     fail_if(rows % micro, f"--micro_batch {micro} does not divide the {rows} rows of a rank")
     later = model.table.cycle_bytes(rows * seq_len, run.step) if model.table else 0
     while True:
         parted = c.galore_per_layer and micro < rows
         fail_if(parted, f"--galore_per_layer needs {rows} rows in one micro-batch: lower the batch")
         few, asked = min(rows, 2 * micro), []  # the second one meets memory in pieces
-        run.micro[few, seq_len] = micro
-        batch = make_batch(run, random_rows(run, few, seq_len), run.step, asked)
+        part = dataclasses.replace(run, micro={(few, seq_len): micro})
+        batch = make_batch(part, random_rows(run, few, seq_len), run.step, asked)
         if asked:
             batch.parts[-1]["grams"].merge = model.table.plan_merge(asked)
 
-        def work(batch=batch):
+        def work(part=part, batch=batch):
             waiting = torch.empty(later, dtype=torch.uint8, device=run.runtime.device)
-            forward_backward(run, batch)
+            forward_backward(part, batch)
             del waiting
 
         line = misfit(run, work)
-        del run.micro[few, seq_len]
         if not line:
             run.micro[rows, seq_len] = micro
             return
@@ -3198,6 +3203,7 @@ def fit_micro_batch(run, rows, seq_len):
         if micro == 1:
             stuck = not model.can_recompute or model.recompute
             fail_if(stuck, f"not even one row of {seq_len} fits into the GPU's memory: {line}")
+            run.recomputed.add(seq_len)
             model.recompute = True
         micro = largest_divisor(rows, max(1, micro // 2))
 
@@ -3215,11 +3221,15 @@ def fit_validation(run):
         run.val_len //= 2
 
 
-def warm_up(c, runtime, log):
+def warm_up(c, runtime, log, micro=(), recomputed=()):
     """Compile and run every form that the work takes, on random tokens and a model that is then
-    thrown away, before the clock starts. Returns what it found: (micro, val_len, recompute)."""
+    thrown away, before the clock starts; anew where one finds less memory than those before it
+    were compiled for. Returns what it found: (micro, recomputed, val_len)."""
     run, begun = build(c, runtime), time.perf_counter()
     run.log, run.optimizers, steps = log, make_optimizers(run), stages_of_work(c)
+    run.micro, run.recomputed = dict(micro), set(recomputed)
+    for method in run.methods:
+        method.allocate(run)
     for number, run.step in enumerate(steps, 1):
         seconds = time.perf_counter() - begun
         log.progress(f"warm-up {number} of {len(steps)}, {seconds:.0f} s")
@@ -3231,13 +3241,19 @@ def warm_up(c, runtime, log):
         step_optimizers(run)  # first, so that the moments are there when memory is measured
         stage = stage_at(run.step, c)[0]
         rows = stage.batch_tokens // stage.seq_len // runtime.world_size
+        before = run.micro.copy(), run.recomputed.copy()
         fit_micro_batch(run, rows, stage.seq_len)
         step_optimizers(run)
+        if before[0].items() - run.micro.items() or before[1] != run.recomputed:
+            found = run.micro, run.recomputed
+            free(run)
+            del run
+            return warm_up(c, runtime, log, *found)
     run.model.eval()
     run.model.set_stage(c.steps)
     fit_validation(run)
     free(run)
-    return run.micro, run.val_len, run.model.recompute
+    return run.micro, run.recomputed, run.val_len
 
 
 def threads_fight(seconds=0.3):
@@ -3321,6 +3337,8 @@ def training_loop(run, batches, val, signals):
                 return val_loss
             clock.switch(on=True)
         loss = forward_backward(run, next(loader))
+        if run.step == steps.start and runtime.device.type == "cuda":
+            torch.cuda.empty_cache()  # else the moments break up the memory of activations
         step_optimizers(run)
         run.step += 1
         for method in run.methods:
@@ -3463,7 +3481,7 @@ def train(c, runtime, argv):
     if cuda:  # what fits now must still fit later
         limit = torch.cuda.get_per_process_memory_fraction()
         torch.cuda.set_per_process_memory_fraction(0.9 * limit)
-    micro, val_len, recompute = warm_up(c, runtime, log)
+    micro, recomputed, val_len = warm_up(c, runtime, log)
     if cuda:
         torch.cuda.set_per_process_memory_fraction(limit)
         torch.cuda.empty_cache()
@@ -3471,7 +3489,7 @@ def train(c, runtime, argv):
     warmup_ms = 1000 * (time.perf_counter() - begun)
     run = build(c, runtime)
     run.optimizers, run.flops = make_optimizers(run), run.model.flops_per_token()
-    run.micro, run.val_len, run.model.recompute = micro, val_len, recompute
+    run.micro, run.recomputed, run.val_len = micro, recomputed, val_len
     run.clock, run.log, run.data = Clock(runtime), log, data
     run.folder = Path(c.checkpoint_dir, log.path.stem)
     log.line(run_facts(run, warmup_ms), echo=True)
@@ -3482,6 +3500,8 @@ def train(c, runtime, argv):
     if state:
         resume(run, path, state)
         state = None  # its memory is free
+    for method in run.methods:
+        method.allocate(run)
     gc.collect()
     gc.freeze()  # what is there will stay: no collection looks at it again
     signals = Signals()
@@ -3504,8 +3524,9 @@ def run_facts(run, warmup_ms):
     parts = [f"{run.model.numel():,} parameters"]
     if run.config.model == "gpt2026":
         parts.append(f"table of {run.config.table_rows:,} rows{pricing(run.config)}")
-    if run.model.recompute:
-        parts.append("layers recomputed to save memory")
+    if run.recomputed:
+        lengths = " and ".join(map(str, sorted(run.recomputed)))
+        parts.append(f"layers recomputed in rows of {lengths} to save memory")
     if run.val_len < run.config.val_len:
         parts.append(f"validation in rows of {run.val_len} to save memory")
     micro = {f"{rows}x{seq_len}": micro for (rows, seq_len), micro in run.micro.items()}
@@ -3778,8 +3799,21 @@ class TailAverage(Method):
     ENDS = "wte", "wte_2026", "lm_head", "lm_head_2026"
     TABLES = "value_embeds", "value_tables"
     MATRICES = "qk", "vo", "mlp"
+    AVERAGES = {"ends": ENDS, "short": ("vo", "mlp", *TABLES), "long": MATRICES}
     # Of each average and kind: the share of it that the run ends on
     SHARES = {"ends": 0.65, "short": 1.0, "qk": 0.55, "vo": 0.55 - 0.2007, "mlp": 0.55 - 0.2007}
+
+    def __init__(self, c):
+        super().__init__(c)
+        self.room = {}  # {(optimizer, average): memory for it}
+
+    def allocate(self, run):
+        for optimizer in run.optimizers:
+            for name, banks in self.AVERAGES.items():
+                if optimizer.bank in banks and f"tail_{name}" not in optimizer.state:
+                    own = optimizer.own_weights
+                    dtype = torch.promote_types(own.dtype, torch.float32)
+                    self.room[optimizer.name, name] = torch.empty_like(own, dtype=dtype)
 
     def rates(self, bank, step):
         """{average: rate at which it moves to the weights after update `step`}, 0-based."""
@@ -3804,7 +3838,8 @@ class TailAverage(Method):
             for name, rate in self.rates(optimizer.bank, step - 1).items():
                 own, key = at_least_fp32(optimizer.own_weights), f"tail_{name}"
                 if key not in optimizer.state:
-                    optimizer.state[key] = own.clone()
+                    room = self.room.pop((optimizer.name, name), None)
+                    optimizer.state[key] = own.clone() if room is None else room.copy_(own)
                 optimizer.state[key].lerp_(own, rate)
         if step == self.config.steps:
             self.end_on_averages(run)

@@ -13,6 +13,7 @@ torch.set_num_threads(1)
 MARKERS = {
     "gpu": "needs a CUDA device; without one it runs only when asked for: -m gpu, and skips",
     "preflight": "the CUDA path on a stand-in, an hour; runs only when asked for: -m preflight",
+    "long": "whole runs, fetches, processes; left out unless asked for, as .ci/run does: -m long",
     "slow": "takes more than ten seconds; runs only when asked for: pytest -m slow",
 }
 

@@ -5,6 +5,8 @@ changing what the tests run."""
 
 import contextlib
 import dataclasses
+import functools
+import gc
 import io
 import json
 import multiprocessing
@@ -181,6 +183,8 @@ def run(argv: list[str], trainer=train_gpt) -> Outcome:
         contextlib.redirect_stderr(err),
         mock.patch.object(trainer, "result_of", keep_weights),
         mock.patch.object(trainer.Log, "__init__", keep_path),
+        # of the youngest alone: a look at all that pytest holds takes a third of a run
+        mock.patch.object(gc, "collect", functools.partial(gc.collect, 0)),
     ):
         try:
             code = trainer.main([str(word) for word in argv])

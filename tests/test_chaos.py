@@ -6,6 +6,7 @@ import chaos
 import pytest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "fault, count", [(chaos.checkpoints, 4), (chaos.shard_faults, 8), (chaos.flags, 6)]
 )
@@ -14,6 +15,7 @@ def test_a_slice(fault, count, tmp_path):
     assert fine, text
 
 
+@pytest.mark.long
 def test_the_harness_can_fail(tmp_path, monkeypatch):
     """Without the hashes of the shards, damage inside the tokens is trained on, and it says so."""
     monkeypatch.setattr(chaos.check, "check_run", lambda patterns, vocab_size: None)

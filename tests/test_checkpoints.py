@@ -114,6 +114,7 @@ def fewer_classes():
         yield
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [2, 12, 20, 32])
 def test_resume_of_the_recipe(at, recipe, place, tmp_path):
     """Across stages, between cycles of the table, before and after untying."""
@@ -129,6 +130,7 @@ def test_resume_of_the_recipe(at, recipe, place, tmp_path):
     assert same(ours, theirs) and len(ours["rows"]) > 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("at", [3, 4, 5, 6, 8])
 def test_resume_across_the_borders_of_stages(at, place, tmp_path):
     """Also where a validation, a new batch or a new window comes right after the checkpoint."""
@@ -283,6 +285,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_a_damaged_checkpoint_gives_way_to_an_older_one(damage, place, copied, plain):
     for path in sorted(copied.glob("*.pt")):
@@ -388,6 +391,7 @@ WRONG = {f"no {key}": (lambda state, key=key: without(state, key)) for key in KE
 HARMLESS = {"identity of another", "identity a list", "config of other types"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_whole_file_with_wrong_content_is_one_line(wrong, place, copied):
     path = copied / "step_000008.pt"
@@ -406,6 +410,7 @@ def test_a_whole_file_with_wrong_content_is_one_line(wrong, place, copied):
 LOADED = RESUMED | {"stages": STAGES, "documents": dict(doc_mask=True)}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", LOADED)
 def test_load_model_is_what_validation_saw(method, place, data, tmp_path):
     """LAWA's average, ReLoRA's adapters, SuPar's masks, the last stage's window: all of it."""
@@ -423,6 +428,7 @@ def test_load_model_is_what_validation_saw(method, place, data, tmp_path):
     assert -picked.mean().item() == pytest.approx(outcome.result()["val_loss"], abs=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", [dict(relora_warm_start=12), dict(relora_warm_start=11)])
 def test_adapters_that_came_last(changes, place, tmp_path):
     """A warm start as long as the run; its checkpoint loads all the same."""

@@ -22,7 +22,7 @@ SHALLOW = "--n_layer 2 --n_embd 32"
 MODERN = "--preset gpt2_small --n_embd 48 --window 16 --short_window 8 --max_document 0"
 MODERN += " --table_rows 99"
 FORMS = {
-    "gpt2_small": MODERN,
+    "gpt2_small": pytest.param(MODERN, marks=pytest.mark.long),
     "laptop": f"--preset laptop {SHALLOW}",
 }
 OTHER_FORMS = {

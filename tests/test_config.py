@@ -398,6 +398,7 @@ def test_help_lists_every_field():
     assert all(name in outcome.out for name in PRESETS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("prompt", [[], ["--generate", "x"]], ids=["help", "sample"])
 def test_a_reader_that_has_enough(prompt, folder, tmp_path):
     """As in `--help | head -3`: no traceback, whoever reads."""
@@ -413,6 +414,7 @@ def test_a_reader_that_has_enough(prompt, folder, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lacking", ["numpy", "torch"])
 def test_a_python_without_what_it_needs(lacking, tmp_path):
     (tmp_path / f"{lacking}.py").write_text(f"raise ImportError('no {lacking} here')")
@@ -431,6 +433,7 @@ def test_a_python_without_what_it_needs(lacking, tmp_path):
             assert (done.returncode, done.stderr) == (2, line)
 
 
+@pytest.mark.long
 def test_import_has_no_side_effects(tmp_path):
     """Prints nothing, makes no file, touches neither CUDA nor groups, signals, random numbers."""
     code = f"""

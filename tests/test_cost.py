@@ -18,6 +18,7 @@ def test_tokens_of_a_schedule():
     assert sorted(steps) == [2, 2, 3]
 
 
+@pytest.mark.long
 def test_the_public_record_is_the_yardstick(capsys):
     """3242 steps of 524,288 tokens, 798.1M operations each: 467.6 s are 36.6 % of eight H100."""
     preset = train_gpt.PRESETS["nov2024"]
@@ -66,6 +67,7 @@ def test_memory_of_the_main_preset():
     assert gradients == pytest.approx(2 * tables + 4 * (ends + matrices), rel=0.01)
 
 
+@pytest.mark.long
 def test_a_small_card_gets_a_smaller_table_and_more_steps(capsys):
     assert cost.main(["--dollars_per_hour", "3"]) == 0
     out = capsys.readouterr().out

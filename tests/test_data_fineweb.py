@@ -222,6 +222,7 @@ def test_fetches_then_skips_then_extends_at_the_same_revision(hub, tmp_path):
     assert_one_line(fetch(hub.url, out, 2, "--revision", NEWER), "keeps to revision", "--out")
 
 
+@pytest.mark.long
 def test_bad_answers_are_asked_again(hub, tmp_path):
     """503 twice, a truncated, a corrupt and a slow file: each in one of the four downloads."""
     spoilt = {
@@ -245,6 +246,7 @@ def test_bad_answers_are_asked_again(hub, tmp_path):
     assert "sha256" in result.stdout and "503" in result.stdout and "trying again" in result.stdout
 
 
+@pytest.mark.long
 def test_a_rate_limit_is_waited_for_then_named(hub, tmp_path):
     """The hub's own pause, not ours: 2 s where the first pauses of ours are 0.5 s and 1 s."""
     hub.wait = "2"
@@ -259,6 +261,7 @@ def test_a_rate_limit_is_waited_for_then_named(hub, tmp_path):
     assert_one_line(result, "limits the rate of requests; tried 2 times", "HF_TOKEN")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind, status", [("info", 401), ("info", 403), ("HEAD", 403)])
 def test_what_the_hub_refuses_for_good_is_not_asked_for_again(hub, tmp_path, kind, status):
     hub.fault = lambda asked, name, times: status if asked == kind else None
@@ -269,6 +272,7 @@ def test_what_the_hub_refuses_for_good_is_not_asked_for_again(hub, tmp_path, kin
     assert "network" not in result.stderr and "trying again" not in result.stdout
 
 
+@pytest.mark.long
 def test_an_always_corrupt_file_never_gets_its_name(hub, tmp_path):
     hub.fault = lambda kind, name, times: (
         "corrupt" if (kind, name) == ("GET", TRAIN.format(1)) else None
@@ -296,6 +300,7 @@ def test_no_network_is_one_line(tmp_path):
     assert not list(tmp_path.rglob("*.bin"))
 
 
+@pytest.mark.long
 def test_damaged_files_are_fetched_again(hub, tmp_path):
     out = tmp_path / "shards"
     assert fetch(hub.url, out, 2).returncode == 0
@@ -312,6 +317,7 @@ def test_damaged_files_are_fetched_again(hub, tmp_path):
     assert hub.asked["GET", TRAIN.format(2)] == 1
 
 
+@pytest.mark.long
 def test_files_of_unknown_origin_are_adopted_or_left_alone(hub, tmp_path):
     out = tmp_path / "shards"
     out.mkdir()
@@ -324,6 +330,7 @@ def test_files_of_unknown_origin_are_adopted_or_left_alone(hub, tmp_path):
     assert mine.read_bytes() == shard_bytes(99)
 
 
+@pytest.mark.long
 def test_misuse_is_one_line(hub, tmp_path):
     out = tmp_path / "shards"
     assert_one_line(fetch(hub.url, out, 9), "at most 3")

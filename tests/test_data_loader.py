@@ -228,6 +228,7 @@ def test_a_shard_cut_during_the_run_is_one_line(folder):
     check_refused(outcome, "train_000001.bin: cut short during the run")
 
 
+@pytest.mark.long
 def test_the_same_batches_again_after_a_restart(folder, monkeypatch):
     """Two runs, and one that resumes, train on the same tokens step by step."""
     seen, forward_backward = [], train_gpt.forward_backward
@@ -265,6 +266,7 @@ def test_the_loader_makes_batches_in_order_and_raises_what_went_wrong():
         next(loader)
 
 
+@pytest.mark.long
 def test_a_run_with_the_loader_is_one_without(tmp_path, monkeypatch):
     """A GPU has it, a CPU has not; here the CPU, too, and a shard that is cut short meanwhile."""
     data = make_data(tmp_path)

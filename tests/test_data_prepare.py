@@ -203,6 +203,7 @@ def test_cuts_do_not_change_tokens(seed):
     assert pieces > 600
 
 
+@pytest.mark.long
 def test_workers_and_the_command_line(tmp_path):
     txt, jsonl = write_inputs(tmp_path, DOCUMENTS * 20)
     flags = (

@@ -63,6 +63,7 @@ def check_same(outcome, expected, weights):
         assert far <= (0.01 if name.startswith("ngrams") else 0), f"{name}: {far}"
 
 
+@pytest.mark.long
 def test_norms_are_those_of_all_ranks(data, tmp_path):
     few = dict(steps=4, momentum_warmup=4, log_norms=2)
     few |= dict(zero_init=False)  # where first gradients are zero, rounding is all there is
@@ -88,7 +89,7 @@ def keep_weights(rank):
 
 
 # ------------------------------------------------------------------------------------- the same run
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_two_and_four_ranks_are_one_run(world_size, data, alone, tmp_path):
     """All ranks end with the same weights; rank 0 alone speaks and writes."""
     outcomes = Ranks(tmp_path, [argv(data, tmp_path)] * world_size, keep_weights).wait()
@@ -108,6 +109,7 @@ def test_two_and_four_ranks_are_one_run(world_size, data, alone, tmp_path):
     )
 
 
+@pytest.mark.long
 def test_resume_on_another_world_size(data, alone, tmp_path):
     """From 1 to 2 processes and back."""
     (path,) = alone[0].glob("checkpoints/*/step_000006.pt")
@@ -129,6 +131,7 @@ TOGETHER = {name: EVERY_METHOD[name] for name in ("galore, 8 bit", "relora, lawa
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TOGETHER)
 def test_methods_and_stages_on_two_ranks(name, data, tmp_path):
     changes = dict(ngram=0, ngram_rows=None, normuon=None) | TOGETHER[name]
@@ -164,7 +167,7 @@ RECORD_92 = dict(
 )
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_record_92_on_ranks(world_size, data, tmp_path):
     """The same model; a table that these ranks wrote is read by one."""
     expected = run(argv(data, tmp_path / "alone", **RECORD_92))
@@ -217,6 +220,7 @@ def worker(folder, rank):
     raise AssertionError(f"no rank {rank}")
 
 
+@pytest.mark.long
 def test_torchrun_names_a_killed_rank_and_shows_a_bug_once(data, tmp_path):
     """Both end at once, by torchrun's own watch."""
     script = tmp_path / "idea.py"
@@ -295,6 +299,7 @@ def plant_nan(rank):
     train_gpt.step_optimizers = update_and_plant
 
 
+@pytest.mark.long
 def test_whatever_happens_to_one_rank_all_end(data, tmp_path):
     """Stopped, NaN, other data, other flags, a signal: side by side, most of it is waiting."""
     other = make_data(tmp_path / "other", seed=2)

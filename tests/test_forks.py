@@ -87,6 +87,7 @@ def test_all_are_tested_and_small(tmp_path):
         check_size(patched(path.stem, tmp_path).read_text(encoding="utf-8"))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_fork_trains_and_resumes(name, data, tmp_path):
     """Falling losses, not those of the trainer itself; bit for bit after a resume."""

@@ -581,6 +581,7 @@ def test_hidden_text_is_in_no_folder_of_a_run(case):
                 assert not any(hidden[:64] in t.tobytes() for t in where.files().values())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )

@@ -356,6 +356,7 @@ def start_two(folder: Path, what: str, *wrapper: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "what, code, lines",
     [
@@ -378,6 +379,7 @@ def test_one_cause_and_its_exit_code(tmp_path, what, code, lines):
     assert ("Traceback" in err) == (what == "bug")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number",
     [

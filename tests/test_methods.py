@@ -384,6 +384,7 @@ def test_galore_projection_follows_the_gradient_although_matrices_start_at_zero(
             assert kept.mean() > 0.53, kept  # a random P of rank 4 would keep 0.42 to 0.48
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("bits", [32, 8])
 def test_galore_per_layer_equals_the_stacked_update(bits, tmp_path):
     """Step by step, through warm-up and cool-down of the rate, in the real training loop."""

@@ -169,6 +169,7 @@ def test_two_equal_trainers_are_equal(log, capsys):
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "old, new, measure",
     [
@@ -186,6 +187,7 @@ def test_a_small_difference_is_found(log, capsys, old, new, measure):
     assert (at_first > 1e-12) == (measure == "logits"), "seen at once, or by its effect"
 
 
+@pytest.mark.long
 def test_float32_on_demand(log, capsys):
     code, out, _ = run(capsys, log(), "--fp32", "--tolerance", "1e-2", "--", *FLAGS)
     assert code == 0 and "float32" in out

@@ -256,6 +256,7 @@ def test_attention_is_what_block_masks_leave():
     assert work.operations == 400  # causal
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("largest", [1 << 25, 2048], ids=["all pairs", "nearest pairs"])
 @pytest.mark.parametrize("window", [10, 200, 10**6])
 def test_block_masks_are_made_again_on_the_host(largest, window, monkeypatch):

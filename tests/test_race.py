@@ -155,6 +155,7 @@ def test_planned_looks(rounds, looks, planned):
     assert stats.planned_looks(rounds, looks) == planned
 
 
+@pytest.mark.long
 def test_early_stopping_keeps_the_level():
     """250 races of equal trainers at a level of 10 %: that many say "yes", though each was looked
     at three times."""
@@ -413,6 +414,7 @@ def test_faster_at_equal_loss_stops_early(trainer, told, capsys):
     assert order[:4] == ["reference", "candidate", "candidate", "reference"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "flags, faster",
     [
@@ -530,6 +532,7 @@ def test_edited_during_the_race(trainer, told, monkeypatch, capsys):
     assert "edited during the race" in capsys.readouterr().err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number, code",
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],

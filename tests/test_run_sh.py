@@ -324,6 +324,7 @@ def test_python_without_ensurepip(checkout):
     checkout.check_launched(prefix=checkout.venv)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["theirs", "link to theirs", "link to ours"])
 def test_somebody_elses_venv_is_used_or_named_but_never_changed(checkout, tmp_path, kind):
     home = checkout.venv if kind == "theirs" else tmp_path / "elsewhere"
@@ -355,6 +356,7 @@ def test_what_is_no_venv_is_named_and_left_alone(checkout, kind):
     assert tree(checkout.here) == before
 
 
+@pytest.mark.long
 def test_test_command(checkout):
     code, _, err = checkout.run("test")
     assert code == 5, err  # pytest's own exit code
@@ -367,6 +369,7 @@ def test_test_command(checkout):
     checkout.check_launched(prefix=checkout.venv)  # it has what training needs
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_pip_too(checkout, number):
     process = checkout.start(PIP_SECONDS="20")

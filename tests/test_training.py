@@ -31,8 +31,10 @@ from helpers import (
     tiny,
     wait_for_step,
 )
+from test_checkpoints import RECIPE
 
 import train_gpt
+from train_gpt import adapters
 
 FACTS = "run_id python torch cuda device cpu world_size argv source_sha256 data_sha256 config"
 KEYS = f"""{FACTS} preset seed steps tokens val_loss target_val_loss target_reached train_time_ms
@@ -155,6 +157,61 @@ def test_micro_batches_accumulate_to_the_same_update(plain, place):
             assert torch.allclose(outcome.weights[name], tensor, atol=5e-3), name
 
 
+def limit_memory(monkeypatch, fits):
+    """Work before the clock runs out of memory unless fits(model, rows, tokens of each). Returns
+    all that was run: (adapters?, rows, tokens of each, layers recomputed?, is the clock there?)."""
+    forward_backward, seen = train_gpt.forward_backward, []
+
+    def limited(run, batch):
+        rows, tokens = batch.parts[0]["tokens"].shape
+        if not run.clock and not fits(run.model, rows, tokens):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+        adapters = bool(train_gpt.adapters(run.model))
+        seen.append((adapters, rows, tokens, run.model.recompute, run.clock is not None))
+        return forward_backward(run, batch)
+
+    monkeypatch.setattr(train_gpt, "forward_backward", limited)
+    return seen
+
+
+def check_forms(seen):
+    """Nothing runs that the warm-up has not run in the same form."""
+    warmed, ran = ({form[:4] for form in seen if form[4] is clock} for clock in (False, True))
+    assert ran and ran <= warmed
+
+
+def test_a_later_form_that_needs_more_memory(place, monkeypatch):
+    """ReLoRA's adapters allow four rows, what came before them eight: both are warmed with four."""
+    changes = dict(relora=4, relora_warm_start=3, relora_interval=4)
+    free = run(place(**changes))
+    seen = limit_memory(monkeypatch, lambda model, rows, _: rows <= 8 - 4 * bool(adapters(model)))
+    outcome = run(place(**changes))
+    assert "micro-batches {'8x32': 4}" in outcome.out, outcome.err
+    assert {(form[0], form[1]) for form in seen if form[4]} == {(False, 4), (True, 4)}
+    check_forms(seen)
+    for ours, theirs in zip(outcome.losses(), free.losses(), strict=True):
+        assert abs(float(ours[2]) - float(theirs[2])) < 2e-3
+
+
+def test_long_rows_alone_are_recomputed(place, monkeypatch):
+    """The short rows that come before and after them keep their activations."""
+    free = run(place(**RECIPE))
+    fits = lambda model, _, tokens: tokens == 16 or model.recompute  # noqa: E731
+    seen = limit_memory(monkeypatch, fits)
+    outcome = run(place(**RECIPE))
+    assert "layers recomputed in rows of 32 to save memory" in outcome.out, outcome.err
+    assert {form[2:4] for form in seen if form[4]} == {(16, False), (32, True)}
+    check_forms(seen)
+    assert outcome.losses() == free.losses()
+
+
+def test_micro_batches_of_stages_with_other_rows(place):
+    """A stage of as many rows as another one's micro-batches are tried with."""
+    outcome = run(place(batch_tokens=(64, 256), micro_batch=1))
+    assert outcome.code == 0, outcome.err
+    assert "micro-batches {'2x32': 1, '8x32': 1}" in outcome.out
+
+
 def test_accumulated_gradients_are_those_of_the_batch():
     grads, config = [], tiny(zero_init=False)
     rows = torch.randint(257, (8, 33), generator=torch.Generator().manual_seed(0))
@@ -172,6 +229,7 @@ def test_accumulated_gradients_are_those_of_the_batch():
         assert all(torch.allclose(other[name], g, atol=1e-6) for name, g in grads[0].items())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [
@@ -252,7 +310,7 @@ def test_no_garbage_is_collected_while_the_clock_runs(place, monkeypatch):
         step(run)
 
     monkeypatch.setattr(train_gpt, "step_optimizers", watch)
-    monkeypatch.setattr(train_gpt, "warm_up", lambda *given: ({(8, 32): 8}, 32, False))
+    monkeypatch.setattr(train_gpt, "warm_up", lambda *given: ({(8, 32): 8}, set(), 32))
     run(place())
     assert seen and set(seen) == {(False, True)}
     assert gc.isenabled() and gc.get_freeze_count() == 0
@@ -260,7 +318,7 @@ def test_no_garbage_is_collected_while_the_clock_runs(place, monkeypatch):
 
 def test_warm_up_leaves_no_trace(place, monkeypatch, plain):
     """With and without it: the same losses and weights."""
-    monkeypatch.setattr(train_gpt, "warm_up", lambda *given: ({(8, 32): 8}, 32, False))
+    monkeypatch.setattr(train_gpt, "warm_up", lambda *given: ({(8, 32): 8}, set(), 32))
     outcome = run(place())
     assert outcome.losses() == plain.losses() and same(outcome.weights, plain.weights)
 
@@ -324,6 +382,7 @@ def test_losses_read_late_give_the_same_log(place, plain, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------- faults
+@pytest.mark.long
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(value, place):
     def plant(run):
@@ -391,6 +450,7 @@ def test_a_log_folder_removed_during_the_run(place, plain):
     assert '"run_id"' in outcome.out, "the result reaches the screen"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "threads, seconds, speaks", [(2, 0.02, True), (2, 0, False), (1, 0.02, False)]
 )
@@ -506,6 +566,7 @@ def test_resume_auto_starts_where_there_is_nothing(place, plain, tmp_path):
     assert len(list(tmp_path.glob("checkpoints/*/*"))) == 1, "one run, one folder"
 
 
+@pytest.mark.long
 def test_checkpoints_kept_are_those_of_the_run_however_often_resumed(place, tmp_path):
     for at in (3, 5, 7, 9):
         with at_step(at, lambda run: os.kill(os.getpid(), signal.SIGTERM)):
@@ -587,6 +648,7 @@ def test_a_signal_in_the_last_steps_loses_nothing(step, place, plain):
     assert outcome.code == 0 and outcome.losses() == plain.losses()
 
 
+@pytest.mark.long
 def test_a_signal_to_a_process_of_its_own(data, tmp_path):
     endless = dict(steps=5000, epochs_allowed=5000, val_every=0, checkpoint_every=4000)
     files = dict(log_dir=tmp_path / "logs", checkpoint_dir=tmp_path / "checkpoints")

@@ -115,10 +115,10 @@ def make_step(trainer, flags: list[str]):
     runtime = trainer.init_runtime(config)
     config = trainer.resolve(config, runtime)
     silent = SimpleNamespace(progress=lambda text: None)
-    micro, val_len, recompute = trainer.warm_up(config, runtime, silent)
+    found = trainer.warm_up(config, runtime, silent)
     run = trainer.build(config, runtime)
-    run.optimizers, run.micro = trainer.make_optimizers(run), micro
-    run.val_len, run.model.recompute = val_len, recompute
+    run.optimizers = trainer.make_optimizers(run)
+    run.micro, run.recomputed, run.val_len = found
     trainer.set_stage(run)
     stage = config.stages[0]
     count = stage.batch_tokens // stage.seq_len
@@ -129,7 +129,7 @@ def make_step(trainer, flags: list[str]):
     batch = trainer.make_batch(run, rows.numpy(), 0, [])
     return (
         run,
-        micro[count, stage.seq_len],
+        run.micro[count, stage.seq_len],
         lambda: trainer.forward_backward(run, batch),
         lambda: trainer.step_optimizers(run),
     )
