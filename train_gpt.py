@@ -2083,7 +2083,7 @@ class GPT2026(GPT):
             if i == 4:
                 s["gates"] |= self.scaled_gates(self.late_gates, x)
             run = functools.partial(recompute, self.layer, use_reentrant=False)
-            again = self.training and self.recompute  # in this order: validation asks no further
+            again = self.training and self.recompute  # validation must not depend on recompute
             x = run(i, x, s) if again else self.layer(i, x, s)
             if i == 3:
                 s["c3"] = x
@@ -2193,7 +2193,7 @@ class Method:
         """After init, before optimizers and compile."""
 
     def allocate(self, run):
-        """Once optimizers are there, before activations: take the memory that comes late."""
+        """Take the memory that the method will need later, before activations take theirs."""
 
     def project(self, optimizer, g):
         """Gradient rows, on their rank, before the update."""
@@ -3224,8 +3224,8 @@ def fit_validation(run):
 
 def warm_up(c, runtime, log, micro=(), recomputed=()):
     """Compile and run every form that the work takes, on random tokens and a model that is then
-    thrown away, before the clock starts; anew where one finds less memory than those before it
-    were compiled for. Returns what it found: (micro, recomputed, val_len)."""
+    thrown away, before the clock starts. If a form has to save memory in a way that changes the
+    forms before it, begin again. Returns (micro, recomputed, val_len)."""
     run, begun = build(c, runtime), time.perf_counter()
     run.log, run.optimizers, steps = log, make_optimizers(run), stages_of_work(c)
     run.micro, run.recomputed = dict(micro), set(recomputed)
