@@ -1299,16 +1299,16 @@ class HeadLoss(torch.autograd.Function):
     along with the loss, a part of the tokens at a time: logits are read once and never kept."""
 
     @staticmethod
-    def forward(ctx, x, weight, goals, shares, cap, fp8):
+    def forward(ctx, x, weight, goals, shares, cap, fp8, at_once=AT_ONCE):
         """x [N, D], weight [V, D], goals [N, losses] (below 0: none), shares [losses]; cap: logits
-        to (capped logits, their slope, at most 1, whether they are bounded)."""
+        to (capped logits, their slope, at most 1, whether they are bounded); at_once: tokens."""
         w, column = weight.to(x.dtype), torch.arange(len(weight), device=x.device)
         total, dx, dw = 0.0, [], 0.0
         x_max = w_max = g_max = None
         if fp8:
             largest = x.abs().amax(), w.abs().amax().clamp(min=1e-12), shares.sum()
             x_max, w_max, g_max = (number.float() for number in largest)
-        for part, goal in zip(x.split(AT_ONCE), goals.split(AT_ONCE), strict=True):
+        for part, goal in zip(x.split(at_once), goals.split(at_once), strict=True):
             logits, slope, bounded = cap(at_least_fp32(head_matmul(part, w.T, x_max, w_max)))
             # the exponentials of bounded logits need no maximum taken off first
             lse = logits.exp().sum(1, True).log() if bounded else logits.logsumexp(1, True)
@@ -1328,7 +1328,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         dx, dw = ctx.saved_tensors
-        return (grad * dx).to(dx.dtype), grad * dw, None, None, None, None
+        return (grad * dx).to(dx.dtype), grad * dw, None, None, None, None, None
 
 
 class CandidateSets:
@@ -1368,7 +1368,7 @@ class GPT(nn.Module):
     sums_loss = False  # gradients are of the sum over tokens / 8, not of the mean
     rows_at_once = None  # a limit of the rows in a micro-batch
     end_groups = "wte", "lm_head"
-    can_recompute = False  # layers in the backward pass, to save memory
+    can_recompute = False  # layers in the backward pass, and the logits of fewer tokens at once
 
     def __init__(self, c):
         super().__init__()
@@ -1463,8 +1463,8 @@ class GPT(nn.Module):
         weight = self.lm_head.weight if classes is None else self.lm_head.weight[classes]
         goals = targets.reshape(count, -1)
         shares = self.shares.to(torch.promote_types(x.dtype, torch.float32))
-        fp8 = self.config.fp8_head
-        return HeadLoss.apply(x.flatten(0, 1), weight, goals, shares, self.cap, fp8) / count
+        how = self.cap, self.config.fp8_head, AT_ONCE // (1 + self.recompute)
+        return HeadLoss.apply(x.flatten(0, 1), weight, goals, shares, *how) / count
 
     def numel(self):
         return sum(p.numel() for p in self.parameters())
@@ -2079,7 +2079,7 @@ class GPT2026(GPT):
         s["tables"] = [table(tokens) for table in self.value_embeds]
         s["masks"] = self.masks(docs)
         s["c0"] = x = x0 + s["gates"]["grams", 0] * grams
-        for i in range(len(LAYERS) - 1):
+        for i in range(len(LAYERS)):
             if i == 4:
                 s["gates"] |= self.scaled_gates(self.late_gates, x)
             run = functools.partial(recompute, self.layer, use_reentrant=False)
@@ -2089,7 +2089,6 @@ class GPT2026(GPT):
                 s["c3"] = x
             if i == 7:
                 s["c7"], s["late"] = x, norm(x)
-        x = self.mix_for_head(*self.last_layer(x, s), s)
         if c.copy_input:
             x = x + copy_out
         return norm(x)
@@ -2112,8 +2111,10 @@ class GPT2026(GPT):
         return self.blocks[i].attn(source, values, view, mask, xsa if layer.xsa else None, heads)
 
     def layer(self, i, x, s):
-        """Layers 0 to 9: attention and what is injected, then the MLPs."""
+        """Attention and what is injected, then the MLPs; the last one is made of mixes."""
         layer, block, gates = LAYERS[i], self.blocks[i], s["gates"]
+        if i == 10:
+            return self.mix_for_head(*self.last_layer(x, s), s)
         if i == 6:
             x = x + torch.sigmoid(self.skip) * gates["skip", 6] * s["c3"]
         else:
