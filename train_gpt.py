@@ -826,10 +826,10 @@ def resolve(c, runtime):
 def with_table(c, runtime):
     """The n-gram table as large as memory allows; in the preset's plan the updates that make up
     for missing rows."""
-    # about 12 GiB a card go to weights, moments and a row's activations, recomputed; of what is
-    # left the table's waiting gradients and headroom need as much as its rows
-    memory = max(0, runtime.memory - 12 * 2**30) * runtime.world_size
-    fitting = [rows for rows in TABLE_ROWS if table_bytes(rows, c) <= 0.46 * memory]
+    # 18 GiB a card go to weights, moments, averages, a row's activations and the gradients of a
+    # cycle; half of what is left to the table: by preflight, as nobody has tried a card
+    memory = max(0, runtime.memory - 18 * 2**30) * runtime.world_size
+    fitting = [rows for rows in TABLE_ROWS if table_bytes(rows, c) <= 0.5 * memory]
     rows = c.table_rows or max(fitting, default=min(TABLE_ROWS))
     stages = list(c.stages)
     if c.stages == PRESETS[c.preset].stages:
