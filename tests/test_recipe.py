@@ -469,9 +469,8 @@ def test_the_table_is_as_large_as_memory_allows(gib, rows, more):
         assert (c.table_rows, c.steps) == (rows, 1194 + more)
         assert [s.steps for s in c.stages] == [320, 361, 426 + more, 67, 20]
         eight = train_gpt.with_table(SMALL, dataclasses.replace(CPU, world_size=8))
-        assert eight.table_rows == {0: 377_280, 24: 8_460_288}.get(
-            gib, 84_602_880 if gib > 40 else 42_301_440
-        )
+        shared = {0: 377_280, 24: 8_460_288, 32: 21_150_720, 79.1: 84_602_880}
+        assert eight.table_rows == shared[gib]
         given = train_gpt.with_table(dataclasses.replace(SMALL, table_rows=4_230_144), CPU)
         assert (given.table_rows, given.steps) == (4_230_144, 1194 + 81)
         own = dataclasses.replace(SMALL, stages=train_gpt.rescale(RECORD_92, 100))
