@@ -826,9 +826,9 @@ def resolve(c, runtime):
 def with_table(c, runtime):
     """The n-gram table as large as memory allows; in the preset's plan the updates that make up
     for missing rows."""
-    # 18 GiB a card go to weights, moments, averages, a row's activations and the gradients of a
+    # 17 GiB a card go to weights, moments, averages, a row's activations and the gradients of a
     # cycle; half of what is left to the table: by preflight, as nobody has tried a card
-    memory = max(0, runtime.memory - 18 * 2**30) * runtime.world_size
+    memory = max(0, runtime.memory - 17 * 2**30) * runtime.world_size
     fitting = [rows for rows in TABLE_ROWS if table_bytes(rows, c) <= 0.5 * memory]
     rows = c.table_rows or max(fitting, default=min(TABLE_ROWS))
     stages = list(c.stages)
@@ -2079,7 +2079,7 @@ class GPT2026(GPT):
         s["tables"] = [table(tokens) for table in self.value_embeds]
         s["masks"] = self.masks(docs)
         s["c0"] = x = x0 + s["gates"]["grams", 0] * grams
-        for i in range(len(LAYERS)):
+        for i in range(len(LAYERS) - 1):
             if i == 4:
                 s["gates"] |= self.scaled_gates(self.late_gates, x)
             run = functools.partial(recompute, self.layer, use_reentrant=False)
@@ -2089,6 +2089,7 @@ class GPT2026(GPT):
                 s["c3"] = x
             if i == 7:
                 s["c7"], s["late"] = x, norm(x)
+        x = self.mix_for_head(*self.last_layer(x, s), s)  # recomputed, it needs more memory
         if c.copy_input:
             x = x + copy_out
         return norm(x)
@@ -2111,10 +2112,8 @@ class GPT2026(GPT):
         return self.blocks[i].attn(source, values, view, mask, xsa if layer.xsa else None, heads)
 
     def layer(self, i, x, s):
-        """Attention and what is injected, then the MLPs; the last one is made of mixes."""
+        """Layers 0 to 9: attention and what is injected, then the MLPs."""
         layer, block, gates = LAYERS[i], self.blocks[i], s["gates"]
-        if i == 10:
-            return self.mix_for_head(*self.last_layer(x, s), s)
         if i == 6:
             x = x + torch.sigmoid(self.skip) * gates["skip", 6] * s["c3"]
         else:

@@ -72,7 +72,7 @@ def test_a_small_card_gets_a_smaller_table_and_more_steps(capsys):
     assert cost.main(["--dollars_per_hour", "3"]) == 0
     out = capsys.readouterr().out
     assert "8×H100: 84,602,880 rows (121.3 GiB), 1194 steps" in out
-    assert "4090: 377,280 rows (0.5 GiB), 1374 steps" in out and "($" in out
+    assert "4090: 2,115,072 rows (3.0 GiB), 1301 steps" in out and "($" in out
     line = next(line for line in out.splitlines() if "`gpt2_small`" in line)
     assert "| 328.7 M |" in line, "the record's tokens"
     operations = float(line.split("|")[3].strip(" M").replace(",", ""))

@@ -460,7 +460,7 @@ def test_row_adam_by_hand():
 
 @pytest.mark.parametrize(
     "gib, rows, more",
-    [(0, 377_280, 180), (24, 377_280, 180), (32, 4_230_144, 81), (79.1, 21_150_720, 27)],
+    [(0, 377_280, 180), (24, 2_115_072, 107), (32, 4_230_144, 81), (79.1, 21_150_720, 27)],
 )
 def test_the_table_is_as_large_as_memory_allows(gib, rows, more):
     memory = mock.PropertyMock(return_value=int(gib * 2**30))
