@@ -3222,13 +3222,21 @@ def fit_validation(run):
         run.val_len //= 2
 
 
-def warm_up(c, runtime, log, micro=(), recomputed=()):
-    """Compile and run every form that the work takes, on random tokens and a model that is then
-    thrown away, before the clock starts. If a form has to save memory in a way that changes the
-    forms before it, begin again. Returns (micro, recomputed, val_len)."""
+def warm_up(c, runtime, log):
+    """Compile and run every form that the work takes, before the clock starts. Returns
+    (micro, recomputed, val_len), as a Run has them."""
+    micro, recomputed, val_len = {}, set(), 0
+    while not val_len:
+        val_len = run_forms(c, runtime, log, micro, recomputed)
+    return micro, recomputed, val_len
+
+
+def run_forms(c, runtime, log, micro, recomputed):
+    """Once through all forms, on random tokens and a model that is then thrown away. Returns
+    val_len; or 0, once a form had to save memory in a way that changes the forms before it."""
     run, begun = build(c, runtime), time.perf_counter()
     run.log, run.optimizers, steps = log, make_optimizers(run), stages_of_work(c)
-    run.micro, run.recomputed = dict(micro), set(recomputed)
+    run.micro, run.recomputed = micro, recomputed
     for method in run.methods:
         method.allocate(run)
     for number, run.step in enumerate(steps, 1):
@@ -3242,19 +3250,17 @@ def warm_up(c, runtime, log, micro=(), recomputed=()):
         step_optimizers(run)  # first, so that the moments are there when memory is measured
         stage = stage_at(run.step, c)[0]
         rows = stage.batch_tokens // stage.seq_len // runtime.world_size
-        before = run.micro.copy(), run.recomputed.copy()
+        before = micro.copy(), recomputed.copy()
         fit_micro_batch(run, rows, stage.seq_len)
         step_optimizers(run)
-        if before[0].items() - run.micro.items() or before[1] != run.recomputed:
-            found = run.micro, run.recomputed
+        if before[0].items() - micro.items() or before[1] != recomputed:
             free(run)
-            del run
-            return warm_up(c, runtime, log, *found)
+            return 0
     run.model.eval()
     run.model.set_stage(c.steps)
     fit_validation(run)
     free(run)
-    return run.micro, run.recomputed, run.val_len
+    return run.val_len
 
 
 def threads_fight(seconds=0.3):
