@@ -1879,10 +1879,14 @@ class NGramTable(nn.Module):
 
     def state(self):
         """Of this rank's rows those that ever moved."""
-        (rows,) = self.squares.nonzero(as_tuple=True)
-        moved = {"rows": rows + self.share * self.rank, "values": self.rows[rows]}
-        moved["squares"] = self.squares[rows]
-        return {name: tensor.cpu() for name, tensor in moved.items()}
+        squares = self.squares.cpu()
+        (rows,) = squares.nonzero(as_tuple=True)
+        values = self.rows[rows.to(self.rows.device)].cpu()
+        return {
+            "rows": rows + self.share * self.rank,
+            "values": values,
+            "squares": squares[rows],
+        }
 
     def load_state(self, state):
         """Those of a rank's state() that are this rank's, whatever the number of ranks was."""
