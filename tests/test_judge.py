@@ -644,5 +644,7 @@ def test_a_record_folder_gives_its_flags_and_claims():
         flags == ["--preset", "laptop"] and track == "laptop" and sorted(claims) == list(range(7))
     )
     assert claims[0] == pytest.approx(1.227702)
-    assert judge.newest("laptop").name == "2026-11-28_12_fewer_passes"
+    newest = judge.newest("laptop")
+    assert newest.name == "2026-11-28_12_fewer_passes"
+    assert judge.read_record(newest)[2] == dict.fromkeys(range(10)), "raced on a text of its own"
     assert math.isclose(claims[3], 1.20876)

@@ -386,7 +386,8 @@ def facts(case) -> str:
 
 def judge(case: Judging, every_check: bool) -> list[Check]:
     """The verdict, check by check. It ends with the first proof, unless every_check."""
-    checks = CHECKS | ({claim: ("known",)} if case.args.claims else {})
+    claimed = any(loss is not None for loss in case.args.claims.values())
+    checks = CHECKS | ({claim: ("known",)} if claimed else {})
     waiting = list(dict.fromkeys(n for jobs in CHECKS.values() for n in jobs))
     waiting = [name for name in waiting if name not in sum(ON_DEMAND.values(), [])]
     if case.reference == case.script:
@@ -421,12 +422,19 @@ def judge(case: Judging, every_check: bool) -> list[Check]:
 
 # -------------------------------------------------------------------------------------------- main
 def read_record(folder: Path) -> tuple[list[str], str | None, dict]:
-    """Flags, track and {seed: val_loss} of a record folder. Raises BadInput if it has no logs."""
+    """Flags, track and {seed: val_loss} of a record folder; None for the loss of a run on a race's
+    own text. Raises BadInput if it has no logs."""
     found = [run for path in sorted(folder.glob("run_*.txt")) for run in logs.read_log(path)]
-    claims = {run.seed: run.val_loss for run in found if run.val_loss and type(run.seed) is int}
+    track = folder.resolve().parent.name
+    public = (TRACKS[track].files if track in TRACKS else None) or {}
+
+    def claimed(run):
+        secret = any((run.data or {}).get(name) != sha for name, sha in public.items())
+        return None if secret else run.val_loss
+
+    claims = {run.seed: claimed(run) for run in found if run.val_loss and type(run.seed) is int}
     if not claims:
         raise BadInput(f"{folder}: no run_*.txt with a seed and a val_loss; is it a record?")
-    track = folder.resolve().parent.name
     given = taken(found[0].header.get("argv", "").split(), "val_every", *texts.LOCAL)[1]
     return given, track if track in TRACKS else None, claims
 
