@@ -3760,7 +3760,7 @@ class GaLore(Method):
         P = torch.linalg.eigh(long.mT @ long)[1][..., -r:].contiguous()  # eigenvalues ascend
         change = state.get("P", P).mT @ P
         state["P"] = P
-        for name in {"exp_avg", "exp_avg_sq", "momentum"} & state.keys():
+        for name in {"exp_avg", "exp_avg_sq", "momentum", "fast", "slow"} & state.keys():
             turn = change.square() if name == "exp_avg_sq" else change
             moment = optimizer.moment(name, None)
             moment.copy_(moment @ turn if tall else turn.mT @ moment)

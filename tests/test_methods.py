@@ -281,6 +281,23 @@ def test_galore_at_full_rank_is_the_inner_optimizer(shape, scale, kind, interval
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_galore_moves_both_momenta_of_anvil(shape):
+    """At full rank, lifted back, they are those of the plain update, whatever was refreshed."""
+    (p, projected), (q, plain) = (
+        one(tg.Anvil, shape, galore(min(shape), galore_interval=3)),
+        one(tg.Anvil, shape),
+    )
+    for step in range(10):
+        feed(p, projected, step)
+        feed(q, plain, step)
+    P = projected.state["P"]
+    for name in ("fast", "slow"):
+        moment = projected.state[name]
+        lifted = moment @ P.mT if shape[0] >= shape[1] else P @ moment
+        torch.testing.assert_close(lifted, plain.state[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_galore_projection_is_orthonormal_and_leading(shape):
     p, optimizer = one(tg.Adam, shape, galore(3))
     feed(p, optimizer, 0)
