@@ -138,7 +138,7 @@ class Config:
     zero_init: bool = True  # lm_head, o and down start at zero
     softcap: float = 30.0  # logits become softcap * tanh(logits / softcap); 0: off
     bf16: bool = True  # activations and tables in bfloat16, other weights cast at use
-    bf16_weights: bool = False  # hidden matrices in bfloat16, and once in fp32, over all ranks
+    bf16_weights: bool = False  # hidden matrices in bfloat16; fp32 on the rank that trains them
     fp8_head: bool = False  # lm_head's matmuls in training in float8; no card has shown it yet
     doc_mask: bool = False  # tokens attend within their own document only
     ngram: int = 0  # add embeddings of the last 2, 3, ... this many tokens, side by side; 0: off
@@ -826,8 +826,8 @@ def resolve(c, runtime):
 def with_table(c, runtime):
     """The n-gram table as large as memory allows; in the preset's plan the updates that make up
     for missing rows."""
-    # 17 GiB a card go to weights, moments, averages, a row's activations and the gradients of a
-    # cycle; half of what is left to the table: by preflight, as nobody has tried a card
+    # By preflight, as no card has been tried: 17 GiB go to weights, moments, averages, a row's
+    # activations and the gradients of a cycle. The table takes at most half of the rest.
     memory = max(0, runtime.memory - 17 * 2**30) * runtime.world_size
     fitting = [rows for rows in TABLE_ROWS if table_bytes(rows, c) <= 0.5 * memory]
     rows = c.table_rows or max(fitting, default=min(TABLE_ROWS))
@@ -1368,7 +1368,7 @@ class GPT(nn.Module):
     sums_loss = False  # gradients are of the sum over tokens / 8, not of the mean
     rows_at_once = None  # a limit of the rows in a micro-batch
     end_groups = "wte", "lm_head"
-    can_recompute = False  # layers in the backward pass, and the logits of fewer tokens at once
+    can_recompute = False  # its layers in the backward pass, to save memory
 
     def __init__(self, c):
         super().__init__()
@@ -1857,7 +1857,7 @@ class NGramTable(nn.Module):
         return out
 
     def merged(self, to_device):
-        """(rows, sum of the cycle's gradients for them), in parts; no row is in two."""
+        """Yields (rows, their gradients summed over the cycle), some distinct rows at a time."""
         for rows, places in self.merge or ():
             dtype = torch.promote_types(self.rows.dtype, torch.float32)
             g = self.rows.new_zeros(len(rows), self.rows.size(1), dtype=dtype)
@@ -1872,8 +1872,8 @@ class NGramTable(nn.Module):
         self.gradients, self.merge = [], None
 
     def cycle_bytes(self, tokens, step):
-        """Of a rank's gradients that wait until their cycle ends: in a row of English, three
-        quarters of the two n-grams of a token are different ones."""
+        """An estimate: of the gradients that wait until their cycle ends, where four fifths of the
+        n-grams in a row are distinct. In long rows of English it is three quarters."""
         c, rows = self.config, 0.8 * 2 * tokens * gradient_cycle(step, self.config)
         return int(rows) * c.n_embd * c.dtype.itemsize
 
@@ -2083,12 +2083,13 @@ class GPT2026(GPT):
         s["tables"] = [table(tokens) for table in self.value_embeds]
         s["masks"] = self.masks(docs)
         s["c0"] = x = x0 + s["gates"]["grams", 0] * grams
+        layer = self.layer
+        if self.training and self.recompute:  # in this order: validation compiles once
+            layer = functools.partial(recompute, layer, use_reentrant=False)
         for i in range(len(LAYERS) - 1):
             if i == 4:
                 s["gates"] |= self.scaled_gates(self.late_gates, x)
-            run = functools.partial(recompute, self.layer, use_reentrant=False)
-            again = self.training and self.recompute  # validation must not depend on recompute
-            x = run(i, x, s) if again else self.layer(i, x, s)
+            x = layer(i, x, s)
             if i == 3:
                 s["c3"] = x
             if i == 7:
@@ -2267,8 +2268,8 @@ class Group:
 
 class Optimizer:
     """Parameters as rows of one tensor, sharded over ranks (ZeRO, arXiv 1910.02054); a subclass
-    says what the update is. With --bf16_weights (October 2025) a matrix is kept in bfloat16, which
-    halves what ranks send, and each rank has its own rows in fp32, too.
+    says what the update is. With --bf16_weights (record 57, January 2026) matrices are in bfloat16,
+    which halves what ranks send, and "master" holds a rank's own rows in fp32.
 
     named: {name: parameter}; they become views into `weights`, [rows, *row_shape], padded to divide
     over ranks; `grads`, laid out alike, is there from reduce() to step(). row_shape: () where any
@@ -2304,7 +2305,7 @@ class Optimizer:
 
     @property
     def own_weights(self):
-        """This rank's rows, as they are trained."""
+        """The rows that this rank updates."""
         return self.state.get("master", self.weights[self.own])
 
     def set_stage(self, step):
@@ -2397,6 +2398,8 @@ class Optimizer:
         state = dict(whole)
         names, self.steps = state.pop("parameters"), state.pop("steps")
         fail_if(names != list(self.named) or self.steps < 0, "its moments are of other parameters")
+        odd = ("master" in state) != ("master" in self.state)
+        fail_if(odd, "one of both has --bf16_weights")
         for name, rows in state.items():
             fail_if(len(rows) != sum(self.sizes), f"{name} has not one row per row of the weights")
             self.state[name] = self.stack([rows])[self.own].clone()

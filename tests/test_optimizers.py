@@ -81,6 +81,9 @@ def test_bf16_weights_are_rounded_masters(rule):
         assert {p.dtype for p in ours.named.values()} == {kept} == {ours.weights.dtype}
         torch.testing.assert_close(ours.own_weights, theirs.own_weights, rtol=0, atol=1e-7)
         assert torch.equal(ours.weights[ours.own], ours.own_weights.to(kept))
+        for one, other in ((ours, theirs), (theirs, ours)) if ours.trains_matrices else ():
+            with pytest.raises(train_gpt.UserError, match="bf16_weights"):
+                one.load_state(other.gather_state())
         if ours.trains_matrices:
             begun = torch.stack([before[name] for name in ours.named])
             moved = (ours.own_weights.view_as(begun) - begun).abs().max()
